@@ -1,0 +1,1 @@
+"""Implementations of the stages of batch normalization, and the choice among them."""
