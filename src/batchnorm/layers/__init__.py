@@ -1,0 +1,1 @@
+"""Layers: torch's batch norm classes, computed by `batchnorm.functional.batch_norm`."""
