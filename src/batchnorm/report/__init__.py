@@ -1,0 +1,1 @@
+"""Plain results of a training comparison, told as a terminal table and as one HTML page."""
