@@ -1,0 +1,1 @@
+"""Small experiments with batch normalization on real images."""

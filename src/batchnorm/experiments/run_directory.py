@@ -1,0 +1,144 @@
+"""The folder of a comparison: settings, metrics and checkpoints, each written whole or not at all.
+
+Checkpoints are the only truth: each holds the model, the optimizer and all that was measured so
+far. ``config.json`` says how to go on, ``metrics.jsonl`` is made from the checkpoints' history.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; the message is a sentence for the user."""
+
+
+class RunDirectory:
+    """Reads and writes the files of one comparison.
+
+    Args:
+        path: The folder; made when something is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Starts a comparison.
+
+        Raises:
+            RunError: The folder already holds one, or cannot be made.
+        """
+        if (self.path / "config.json").exists():
+            raise RunError(
+                f"{self.path} already holds a run; continue it with --resume {self.path}, "
+                "or choose another --out."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_text("config.json", json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}.") from error
+
+    def config(self) -> dict[str, Any]:
+        """What `create` was given.
+
+        Raises:
+            RunError: There is no readable ``config.json``.
+        """
+        path = self.path / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{self.path} holds no run (config.json is missing); start one with --out."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read as JSON; start a new run with --out.") from error
+        if not isinstance(config, dict) or "settings" not in config or "data" not in config:
+            raise RunError(f"{path} is not the configuration of a run; start a new one with --out.")
+        return config
+
+    def write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces ``metrics.jsonl``: one line an epoch."""
+        self._write_text("metrics.jsonl", "".join(as_json(line) + "\n" for line in lines))
+
+    def save_checkpoint(self, norm: str, epoch: int, state: Mapping[str, Any]) -> None:
+        """Keeps the state after an epoch; ``state`` holds tensors and plain data only."""
+        with self._whole_file(f"checkpoints/{norm}-epoch-{epoch:02d}.pt") as file:
+            torch.save(dict(state), file)
+
+    def last_checkpoint(self, norm: str) -> dict[str, Any] | None:
+        """The state after the last finished epoch, None before the first.
+
+        Raises:
+            RunError: The file is damaged, or holds more than tensors and plain data.
+        """
+        pattern = re.compile(rf"{re.escape(norm)}-epoch-(\d+)\.pt")
+        found = [
+            (int(match[1]), path)
+            for path in (self.path / "checkpoints").glob("*.pt")
+            if (match := pattern.fullmatch(path.name))
+        ]
+        if not found:
+            return None
+        path = max(found)[1]
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise RunError(
+                f"{path} is damaged or not a checkpoint of this program; delete it, and --resume "
+                "goes on from the epoch before."
+            ) from error
+
+    def _write_text(self, name: str, text: str) -> None:
+        with self._whole_file(name) as file:
+            file.write(text.encode())
+
+    def _whole_file(self, name: str) -> _WholeFile:
+        return _WholeFile(self.path / name)
+
+
+class _WholeFile:
+    """A file that appears under its name when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> IO[bytes]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False)
+        return self.file.file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.file.close()
+        if kind is None:
+            os.chmod(self.file.name, 0o644)
+            os.replace(self.file.name, self.path)
+        else:
+            os.unlink(self.file.name)
+
+
+def as_json(value: Any) -> str:
+    """JSON in one line, with null for numbers that JSON does not have (NaN, infinities)."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
