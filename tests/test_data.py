@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import io
-import os
 import re
 import socket
 import sys
@@ -19,15 +18,6 @@ from batchnorm.experiments import data, idx
 from test_idx import some_images, tiny_files, write
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = idx.SHA256
-
-
-@pytest.fixture(scope="session")
-def fashion_mnist():
-    """The real images, from Debian's package; without them a CI run fails, any other skips."""
-    if not data.DEBIAN_FOLDER.is_dir():
-        reason = f"{data.DEBIAN_FOLDER} is missing: install Debian's dataset-fashion-mnist"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    return data.load(data.DEBIAN_FOLDER)
 
 
 @pytest.fixture

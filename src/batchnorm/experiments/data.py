@@ -79,9 +79,15 @@ class Dataset:
 
 
 class ProgressBar(Protocol):
-    """What pooch asks of a progress bar; `total` is set to the bytes to come, 0 if not known."""
+    """What pooch asks of a progress bar."""
 
-    total: int
+    @property
+    def total(self) -> int:
+        """Bytes to come, 0 if not known; pooch sets it."""
+        ...
+
+    @total.setter
+    def total(self, amount: int) -> None: ...
 
     def update(self, amount: int) -> None:
         """Count `amount` further bytes."""

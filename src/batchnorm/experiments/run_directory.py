@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+
+from batchnorm.files import whole_file, write_text
 
 
 class RunError(ValueError):
@@ -46,7 +46,7 @@ class RunDirectory:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_text("config.json", json.dumps(config, indent=2) + "\n")
+            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise RunError(f"{self.path} cannot be written: {error.strerror}.") from error
 
@@ -71,11 +71,37 @@ class RunDirectory:
 
     def write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replaces ``metrics.jsonl``: one line an epoch."""
-        self._write_text("metrics.jsonl", "".join(as_json(line) + "\n" for line in lines))
+        text = "".join(as_json(line) + "\n" for line in lines)
+        write_text(self.path / "metrics.jsonl", text)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Replaces ``report.json``, from which the page is made."""
+        write_text(self.path / "report.json", as_json(results) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        """What `write_results` was given.
+
+        Raises:
+            RunError: There is no readable ``report.json``.
+        """
+        path = self.path / "report.json"
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{self.path} holds no results (report.json is missing); "
+                f"make them with --resume {self.path}."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path} cannot be read as JSON; make it again with --resume {self.path}."
+            ) from error
 
     def save_checkpoint(self, norm: str, epoch: int, state: Mapping[str, Any]) -> None:
         """Keeps the state after an epoch; ``state`` holds tensors and plain data only."""
-        with self._whole_file(f"checkpoints/{norm}-epoch-{epoch:02d}.pt") as file:
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        with whole_file(folder / f"{norm}-epoch-{epoch:02d}.pt") as file:
             torch.save(dict(state), file)
 
     def last_checkpoint(self, norm: str) -> dict[str, Any] | None:
@@ -100,33 +126,6 @@ class RunDirectory:
                 f"{path} is damaged or not a checkpoint of this program; delete it, and --resume "
                 "goes on from the epoch before."
             ) from error
-
-    def _write_text(self, name: str, text: str) -> None:
-        with self._whole_file(name) as file:
-            file.write(text.encode())
-
-    def _whole_file(self, name: str) -> _WholeFile:
-        return _WholeFile(self.path / name)
-
-
-class _WholeFile:
-    """A file that appears under its name when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> IO[bytes]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False)
-        return self.file.file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            os.chmod(self.file.name, 0o644)
-            os.replace(self.file.name, self.path)
-        else:
-            os.unlink(self.file.name)
 
 
 def as_json(value: Any) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from batchnorm.files import write_text
 
 
 def render(results: Mapping, lang: str = "en") -> str:
@@ -65,10 +66,4 @@ def write(results: Mapping, path: Path, lang: str = "en") -> None:
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it.")
-    text = render(results, lang)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, render(results, lang))
