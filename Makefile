@@ -7,7 +7,7 @@ DEV_SETUP := .venv/installed-for-developers
 .PHONY: train test lint typed clean
 
 train: $(USER_SETUP)  ## train LeNet with and without batch norm, then write a report
-	$(BIN)/batchnorm train --out runs/lenet $(ARGS)
+	$(BIN)/batchnorm train $(ARGS)
 
 test: lint $(DEV_SETUP)  ## everything that CI checks
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(ARGS)

@@ -121,7 +121,7 @@ def test_the_headline_states_the_result_first():
     assert "After 10 epochs the training loss is 0.299 with batch norm and 0.613 without." in text
     assert "gets 74.2% right on its running statistics and 85.3% on population" in text
     assert "the network without gets 75.7%." in text
-    assert "batch size 256 · learning rate 1 · seed 0 · cpu, 2 threads · torch 2.13.0" in text
+    assert "batch size 256 · learning rate 1 · seed 0 · cpu · threads 2 · torch 2.13.0" in text
     assert "Fashion-MNIST, from dataset-fashion-mnist (Debian): 60,000 training and 10,000" in text
 
 

@@ -75,21 +75,23 @@ class BatchNorm(Function):
         grad_output = grad_outputs[0]
         if grad_output is None:
             return (None,) * 9
-        behind_relu = grad_output
-        grad_x, *grad_affine, masked = _gradients(ctx, grad_output)
-        if ctx.saved_tensors[4] is not None:
-            behind_relu = masked
+        # Unpacked once: activation checkpointing allows no second time.
+        saved = ctx.saved_tensors
+        grad_x, *grad_affine, behind_relu = _gradients(ctx.options, saved, grad_output)
         grad_weight, grad_bias = (
             None if dtype is None else grad.to(dtype)
             for grad, dtype in zip(grad_affine, ctx.dtypes, strict=True)
         )
-        grad_residual = behind_relu if ctx.has_residual else None
+        *_, output = saved
+        grad_residual = None
+        if ctx.has_residual:
+            grad_residual = grad_output if output is None else behind_relu
         return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None, None
 
 
-def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
-    x, weight, mean, var, output = ctx.saved_tensors
-    eps, fixed, kernels = ctx.options
+def _gradients(options: Any, saved: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+    x, weight, mean, var, output = saved
+    eps, fixed, kernels = options
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
         return torch.ops.batchnorm.backward(
             grad_output, x, weight, mean, var, output, eps, fixed, kernels

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from batchnorm import autograd, validation
 from batchnorm.kernels import dispatch, reference
 from batchnorm.kernels.contract import statistics_dtype
-from batchnorm.moments import Moments, empty, moved_running, update_running
+from batchnorm.moments import Moments, empty, update_running
 
 Activation = Literal["relu"] | None
 
@@ -57,7 +57,7 @@ def batch_norm(
         without it), whatever the dtype of ``x``; only the result is rounded.
 
     Raises:
-        TypeError: ``x`` is not a tensor.
+        TypeError: ``x`` is not a tensor, or ``momentum`` is None in training.
         NotImplementedError: ``x`` is not of a floating dtype.
         IndexError: ``x`` has no channel dimension.
         ValueError: One value a channel in training, ``eps`` not positive in training, only one
@@ -79,7 +79,7 @@ def batch_norm(
     if x.numel() == 0:
         return _of_nothing(x, weight, bias, residual)
     if training:
-        validation.check_training(x, eps)
+        validation.check_training(x, eps, momentum)
     fixed_mean, fixed_var = (None, None) if training else (running_mean, running_var)
     arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu")
     if _prefers_plain_torch(kernels, training=training):
@@ -153,32 +153,16 @@ def _of_nothing(
     return reference.normalize(x, zeros, zeros, weight, bias, residual)
 
 
-@torch.no_grad()
 def _update_running(
     running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float | Tensor
 ) -> None:
     try:
         update_running(running_mean, running_var, batch, momentum)
     except RuntimeError as error:
-        if "mutate a captured Tensor" in str(error):
-            _write_through_transform(running_mean, running_var, batch, momentum)
-        elif "vmap" in str(error):
-            raise RuntimeError(
-                "batch_norm under vmap: the input is mapped over but running_mean and "
-                "running_var, which training changes in place, are not; map over them too, or use "
-                "a layer with track_running_stats=False."
-            ) from error
-        else:
+        if "vmap" not in str(error):
             raise
-
-
-def _write_through_transform(
-    running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float | Tensor
-) -> None:
-    """Updates buffers that ``torch.func.grad`` captured, as torch's own batch norm does.
-
-    Of torch's ways to write into a captured tensor, ``out=`` is the one that it allows.
-    """
-    new_mean, new_var = moved_running(running_mean, running_var, batch, momentum)
-    torch.add(new_mean, 0, out=running_mean)
-    torch.add(new_var, 0, out=running_var)
+        raise RuntimeError(
+            "batch_norm under vmap: the input is mapped over but running_mean and running_var, "
+            "which training changes in place, are not; map over them too, or use a layer with "
+            "track_running_stats=False."
+        ) from error

@@ -153,8 +153,23 @@ def update_running(
 ) -> None:
     """Writes `moved_running` into the running statistics."""
     new_mean, new_var = moved_running(running_mean, running_var, batch, weight)
-    running_mean.copy_(new_mean)
-    running_var.copy_(new_var)
+    write_buffer(running_mean, new_mean)
+    write_buffer(running_var, new_var)
+
+
+@torch.no_grad()
+def write_buffer(buffer: Tensor, value: Tensor) -> None:
+    """Writes ``value`` into ``buffer``, also where ``torch.func.grad`` captured the buffer.
+
+    Of torch's ways to write into a captured tensor, ``out=`` is the one that it allows; and that
+    one is not allowed under ``vmap``.
+    """
+    try:
+        buffer.copy_(value)
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        torch.add(value, 0, out=buffer)
 
 
 def _moved(running: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:

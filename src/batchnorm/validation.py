@@ -78,8 +78,13 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
             raise RuntimeError(f"residual must have the input's {rule} {expected}, got {got}.")
 
 
-def check_training(x: Tensor, eps: float) -> None:
-    """Raises if the batch's own statistics cannot normalize it."""
+def check_training(x: Tensor, eps: float, momentum: float | Tensor | None) -> None:
+    """Raises if the batch's own statistics cannot normalize it, or not move the running ones."""
+    if momentum is None:
+        raise TypeError(
+            "batch_norm expects momentum as a number or a 0-d tensor, got None; for the cumulative "
+            "average give moments.weight_of_new_batch(None, num_batches_tracked)."
+        )
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}.")
     if x.numel() == x.shape[1]:

@@ -138,6 +138,7 @@ class Comparison:
         torch.set_num_threads(self.settings.threads)
         for norm in self.settings.norms:
             self._train_one(norm, listener)
+        self._write_derived()
 
     def results(self) -> dict[str, Any]:
         """All that was measured so far, as `batchnorm.report` takes it."""
@@ -174,8 +175,7 @@ class Comparison:
             run["complete"] = epoch == self.settings.epochs
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run}
             self.directory.save_checkpoint(norm, epoch, state)
-            self.directory.write_metrics(self._metrics())
-            self.directory.write_results(self.results())
+            self._write_derived()
             listener.epoch({"norm": norm, **record})
 
     def _train_epoch(
@@ -265,7 +265,10 @@ class Comparison:
             "norm_layers": [],
         }
 
-    def _metrics(self) -> list[dict[str, Any]]:
-        return [
+    def _write_derived(self) -> None:
+        """Makes the files that are read by others from what the checkpoints hold."""
+        lines = [
             {"norm": norm, **epoch} for norm, run in self.runs.items() for epoch in run["epochs"]
         ]
+        self.directory.write_metrics(lines)
+        self.directory.write_results(self.results())
