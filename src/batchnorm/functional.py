@@ -159,7 +159,7 @@ def _update_running(
     try:
         update_running(running_mean, running_var, batch, momentum)
     except RuntimeError as error:
-        if "vmap" not in str(error):
+        if not any(words in str(error) for words in ("vmap", "Batching rule")):
             raise
         raise RuntimeError(
             "batch_norm under vmap: the input is mapped over but running_mean and running_var, "

@@ -91,19 +91,41 @@ def _or_empty(grad: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if grad is None else grad
 
 
-def _forward_with_warning(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward` for plain tensors, whose values may be looked at."""
+def _forward_of_tensors(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` for plain tensors, whose values may be looked at, in the layout promised."""
     y, mean, var = forward(x, *arguments)
-    largest = torch.finfo(torch.float32).max
-    if x.device.type == "cpu" and x.dtype != torch.float64 and var.max() > largest:
+    _warn_of_overflow(x, var)
+    return _in_layout_of(x, y), mean, var
+
+
+def _backward_of_tensors(
+    grad_output: Tensor, x: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward` for plain tensors, in the layout promised."""
+    grad_x, grad_weight, grad_bias, grad_residual = backward(grad_output, x, *arguments)
+    if grad_residual.numel() > 0:
+        grad_residual = _in_layout_of(grad_output, grad_residual)
+    return _in_layout_of(x, grad_x), grad_weight, grad_bias, grad_residual
+
+
+def _in_layout_of(like: Tensor, result: Tensor) -> Tensor:
+    if result.stride() == like.stride():
+        return result
+    return torch.empty_like(like).copy_(result)
+
+
+def _warn_of_overflow(x: Tensor, var: Tensor) -> None:
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return
+    beyond = var > torch.finfo(torch.float32).max
+    if beyond.any():
         warnings.warn(
-            f"batch_norm: the variance of a channel is {var.max().item():.1e}, more than float32 "
-            "can hold: the output is right, but a float32 running_var becomes inf; scale the "
-            "input down.",
+            f"batch_norm: the variance of a channel is {var[beyond].max().item():.1e}, more than "
+            "float32 can hold: the output is right, but a float32 running_var becomes inf; scale "
+            "the input down.",
             RuntimeWarning,
             stacklevel=2,
         )
-    return y, mean, var
 
 
 def _fake_forward(
@@ -137,8 +159,8 @@ def _fake_backward(
 
 
 for _name, _implementation, _fake in (
-    ("forward", _forward_with_warning, _fake_forward),
-    ("backward", backward, _fake_backward),
+    ("forward", _forward_of_tensors, _fake_forward),
+    ("backward", _backward_of_tensors, _fake_backward),
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"batchnorm::{_name}", _fake, lib=_LIBRARY)

@@ -11,7 +11,7 @@ A backend is a module. It has these functions, or pyright says which one differs
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Gradients(NamedTuple):
     residual: Tensor | None
 
 
+@runtime_checkable
 class Stages(Protocol):
     """Batch normalization cut where the mathematics has its joints."""
 

@@ -128,21 +128,30 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     shapes: ClassVar[dict[int, str]] = {5: "(N, C, D, H, W)"}
 
 
-class LazyBatchNorm1d(_BatchNorm, nn.LazyBatchNorm1d):
+class _LazyBatchNorm(_BatchNorm):
+    """A wrong first input leaves the layer uninitialized."""
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        """Checks the rank, then takes ``num_features`` from ``input``."""
+        self._check_input_dim(input)
+        super().initialize_parameters(input)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class LazyBatchNorm1d(_LazyBatchNorm, nn.LazyBatchNorm1d):
     """`BatchNorm1d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm1d  # pyright: ignore[reportAssignmentType]
     shapes = BatchNorm1d.shapes
 
 
-class LazyBatchNorm2d(_BatchNorm, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_LazyBatchNorm, nn.LazyBatchNorm2d):
     """`BatchNorm2d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm2d  # pyright: ignore[reportAssignmentType]
     shapes = BatchNorm2d.shapes
 
 
-class LazyBatchNorm3d(_BatchNorm, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_LazyBatchNorm, nn.LazyBatchNorm3d):
     """`BatchNorm3d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm3d  # pyright: ignore[reportAssignmentType]
