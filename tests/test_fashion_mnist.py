@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.images, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.images,
+    pytest.mark.timeout(1500),
+    pytest.mark.xdist_group("training"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,8 @@ def _backward_of_tensors(
 def _in_layout_of(like: Tensor, result: Tensor) -> Tensor:
     if result.stride() == like.stride():
         return result
-    return torch.empty_like(like).copy_(result)
+    promised = torch.empty_like(like)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
 def _warn_of_overflow(x: Tensor, var: Tensor) -> None:

@@ -54,16 +54,16 @@ def check_statistics(
     running_mean: Tensor | None, running_var: Tensor | None, *, training: bool
 ) -> None:
     """Raises if only one of the two is given, or none where inference needs them."""
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError(
+            "running_mean and running_var must be defined in evaluation mode, got None; "
+            "give them, or set training=True to normalize by the batch's own statistics."
+        )
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
             "running_mean and running_var must either both be None or neither be None, "
             f"got None for {missing}."
-        )
-    if not training and running_mean is None:
-        raise RuntimeError(
-            "running_mean and running_var must be defined in evaluation mode, got None; "
-            "give them, or set training=True to normalize by the batch's own statistics."
         )
 
 

@@ -1,0 +1,242 @@
+"""Moments: merging, the two variances, the two momenta, running statistics."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchnorm import scratch
+from batchnorm.functional import moments as moments_of
+from batchnorm.moments import (
+    Moments,
+    empty,
+    merge,
+    momentum_of_decay,
+    moved_running,
+    unbiased_var,
+    update_running,
+    weight_of_new_batch,
+)
+
+settings.register_profile("core", deadline=None, max_examples=60, derandomize=True)
+CORE = settings.get_profile("core")
+
+
+def data(values, channels=3, mean=0.0, std=1.0, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    return mean + std * torch.randn(values, channels, generator=chance, dtype=torch.float64)
+
+
+def exact(x):
+    return Moments(x.shape[0], x.mean(0), x.var(0, correction=0))
+
+
+def assert_same(got, expected, scale=1.0, rtol=1e-10):
+    """Equal up to float64 rounding of values as large as ``scale``."""
+    assert torch.as_tensor(got.count).broadcast_to(got.mean.shape).tolist() == (
+        torch.as_tensor(expected.count).broadcast_to(got.mean.shape).tolist()
+    )
+    torch.testing.assert_close(got.mean, expected.mean, rtol=rtol, atol=1e-14 * scale)
+    torch.testing.assert_close(got.var, expected.var, rtol=rtol, atol=1e-14 * scale)
+
+
+@st.composite
+def splits(draw):
+    """Data, and the sizes of parts that make it up, some of them empty."""
+    sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(lambda s: sum(s) > 0))
+    mean = draw(st.sampled_from([0.0, -3.0, 1e3, 1e6]))
+    std = draw(st.sampled_from([1e-2, 1.0, 50.0]))
+    x = data(sum(sizes), mean=mean, std=std, seed=draw(st.integers(0, 2**31)))
+    return x, [moments_of(part) for part in x.split(sizes)], abs(mean) + std
+
+
+@CORE
+@given(splits())
+def test_any_split_merges_to_the_moments_of_the_whole(split):
+    x, parts, scale = split
+    assert_same(merge(*parts), exact(x), scale, rtol=1e-7)
+
+
+@CORE
+@given(splits(), st.randoms(use_true_random=False))
+def test_the_order_of_the_parts_does_not_matter(split, chance):
+    _, parts, scale = split
+    shuffled = parts.copy()
+    chance.shuffle(shuffled)
+    assert_same(merge(*shuffled), merge(*parts), scale, rtol=1e-7)
+
+
+@CORE
+@given(splits(), st.integers(0, 8))
+def test_merging_is_associative(split, cut):
+    _, parts, scale = split
+    cut %= len(parts)
+    left, right = [merge(empty(3), *half) for half in (parts[:cut], parts[cut:])]
+    assert_same(merge(left, right), merge(*parts), scale, rtol=1e-7)
+
+
+def test_counts_may_differ_from_channel_to_channel():
+    x, y = data(5, seed=1), data(7, seed=2)
+    first = exact(x)
+    first = Moments(torch.tensor([5, 5, 0]), first.mean, first.var)
+    second = exact(y)
+    second = Moments(torch.tensor([7, 0, 0]), second.mean, second.var)
+    merged = merge(first, second)
+    assert merged.count.tolist() == [12, 5, 0]
+    whole = exact(torch.cat([x, y]))
+    torch.testing.assert_close(merged.mean[0], whole.mean[0])
+    torch.testing.assert_close(merged.var[0], whole.var[0])
+    assert torch.equal(merged.mean[1], x.mean(0)[1])
+    assert torch.isfinite(merged.mean).all()
+    assert torch.isfinite(merged.var).all()
+
+
+@pytest.mark.parametrize("count", [5, torch.tensor([5, 2, 9])], ids=["int", "tensor"])
+def test_nothing_is_neutral_to_the_last_bit(count):
+    some = Moments(count, data(3)[0], data(3)[1].abs())
+    for merged in (merge(empty(3), some), merge(some, empty(3)), merge(empty(3), some, empty(3))):
+        assert torch.equal(merged.mean, some.mean)
+        assert torch.equal(merged.var, some.var)
+        assert torch.equal(torch.as_tensor(merged.count), torch.as_tensor(count))
+
+
+def test_nothing_and_nothing_is_nothing():
+    merged = merge(empty(2), empty(2))
+    assert merged.count == 0
+    assert merged.mean.tolist() == merged.var.tolist() == [0, 0]
+    assert merged.mean.dtype == torch.float64
+
+
+def test_a_large_mean_costs_no_accuracy():
+    x = data(4000, mean=1e8, std=1.0)
+    merged = merge(*(moments_of(part) for part in x.split(37)))
+    torch.testing.assert_close(merged.var, exact(x - 1e8).var, rtol=1e-7, atol=0)
+
+
+def test_merged_moments_are_float64_and_the_parts_stay():
+    part = Moments(4, torch.tensor([1.0]), torch.tensor([2.0]))
+    merged = merge(part, part)
+    assert merged.mean.dtype == merged.var.dtype == torch.float64
+    assert part.mean.dtype == torch.float32
+    assert (merged.count, merged.mean.item(), merged.var.item()) == (8, 1.0, 2.0)
+
+
+def test_empty_knows_its_channels():
+    nothing = empty(4)
+    assert (nothing.count, nothing.mean.shape, nothing.var.shape) == (0, (4,), (4,))
+    assert nothing.mean.data_ptr() != nothing.var.data_ptr()
+
+
+def test_unbiased_var_of_a_number():
+    x = data(7)
+    torch.testing.assert_close(unbiased_var(exact(x)), x.var(0))
+    single = Moments(4, torch.zeros(2), torch.tensor([3.0, 6.0]))
+    assert unbiased_var(single).dtype == torch.float32
+    assert unbiased_var(single).tolist() == [4.0, 8.0]
+
+
+def test_unbiased_var_of_a_count_a_channel():
+    got = unbiased_var(Moments(torch.tensor([4, 2, 1, 0]), torch.zeros(4), torch.full((4,), 3.0)))
+    assert got.dtype == torch.float32
+    assert got[:2].tolist() == [4.0, 6.0]
+    assert got[2:].isnan().all()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_unbiased_var_needs_two_values(count):
+    got = unbiased_var(Moments(count, torch.zeros(2), torch.zeros(2)))
+    assert got.shape == (2,)
+    assert got.isnan().all()
+
+
+def test_momentum_of_decay():
+    assert momentum_of_decay(0.9) == pytest.approx(0.1)
+    assert (momentum_of_decay(0.0), momentum_of_decay(1.0)) == (1, 0)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5, math.nan])
+def test_a_decay_outside_of_0_and_1(decay):
+    with pytest.raises(ValueError, match=rf"^decay must be between 0 and 1, got {decay}\.$"):
+        momentum_of_decay(decay)
+
+
+def test_weight_of_new_batch():
+    assert weight_of_new_batch(0.1, None) == 0.1
+    assert weight_of_new_batch(0.0, torch.tensor(5)) == 0.0
+    for before in (0, 1, 9):
+        counter = torch.tensor(before)
+        weight = weight_of_new_batch(None, counter)
+        assert weight.dtype == torch.float64
+        assert weight.item() == 1 / (before + 1)
+        assert counter.item() == before
+
+
+def test_the_cumulative_average_needs_a_counter():
+    with pytest.raises(
+        ValueError,
+        match=r"^momentum=None \(the cumulative average\) needs num_batches_tracked, got None; "
+        r"give a momentum between 0 and 1, or keep the counter\.$",
+    ):
+        weight_of_new_batch(None, None)
+
+
+def test_update_running_by_hand():
+    mean, var = torch.tensor([10.0]), torch.tensor([100.0])
+    batch = Moments(5, torch.tensor([20.0]), torch.tensor([8.0]))
+    update_running(mean, var, batch, 0.25)
+    assert mean.item() == 0.75 * 10 + 0.25 * 20
+    assert var.item() == 0.75 * 100 + 0.25 * 8 * 5 / 4
+
+
+def test_update_running_as_torch():
+    x = data(6).float()
+    ours = [torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6])]
+    theirs = [tensor.clone() for tensor in ours]
+    update_running(*ours, moments_of(x), 0.3)
+    torch.nn.functional.batch_norm(x, *theirs, training=True, momentum=0.3)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_decay_of_the_book_gives_the_book_its_mean():
+    x = data(6)
+    start = torch.full((1, 3), 2.0, dtype=torch.float64)
+    ones = torch.ones(1, 3, dtype=torch.float64)
+    _, book_mean, book_var = scratch.batch_norm(
+        x, ones, 0 * ones, start, start, eps=1e-5, momentum=0.9, training=True
+    )
+    mean, var = start[0].clone(), start[0].clone()
+    update_running(mean, var, exact(x), momentum_of_decay(0.9))
+    torch.testing.assert_close(mean, book_mean[0])
+    biased = exact(x).var
+    torch.testing.assert_close(var - book_var[0], 0.1 * (biased * 6 / 5 - biased))
+
+
+def test_the_cumulative_average_is_the_plain_mean_of_the_batches():
+    batches = [moments_of(data(4 + k, seed=k)) for k in range(6)]
+    mean, var = torch.full((3,), 99.0).double(), torch.full((3,), 99.0).double()
+    counter = torch.tensor(0)
+    for batch in batches:
+        update_running(mean, var, batch, weight_of_new_batch(None, counter))
+        counter += 1
+    torch.testing.assert_close(mean, torch.stack([b.mean for b in batches]).mean(0))
+    torch.testing.assert_close(var, torch.stack([unbiased_var(b) for b in batches]).mean(0))
+
+
+def test_moved_running_changes_nothing_and_rounds_once():
+    mean, var = torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).bfloat16()
+    batch = Moments(3, torch.tensor([1 / 3]).double(), torch.tensor([0.1]).double())
+    new_mean, new_var = moved_running(mean, var, batch, 0.01)
+    assert (mean.item(), var.item()) == (1.0, 1.0)
+    assert new_mean.dtype == new_var.dtype == torch.bfloat16
+    assert new_mean.item() == torch.tensor(0.99 + 0.01 / 3).bfloat16().item()
+    assert new_var.item() == torch.tensor(0.99 + 0.01 * 0.15).bfloat16().item()
+
+
+def test_running_statistics_get_no_graph():
+    mean, var = torch.zeros(3), torch.ones(3)
+    x = data(5).requires_grad_()
+    update_running(mean, var, Moments(5, x.mean(0), x.var(0)), 0.5)
+    assert not mean.requires_grad
+    assert not var.requires_grad
