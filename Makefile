@@ -10,11 +10,11 @@ train: $(USER_SETUP)  ## train LeNet with and without batch norm, then write a r
 	$(BIN)/batchnorm train $(ARGS)
 
 test: lint $(DEV_SETUP)  ## everything that CI checks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
 	$(MAKE) typed
 
 typed: $(DEV_SETUP)  ## the suite once more, with every annotation checked at run time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not untyped and not browser and not images" \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not untyped and not browser and not images" \
 		--jaxtyping-packages=batchnorm,beartype.beartype
 
 lint: $(DEV_SETUP)

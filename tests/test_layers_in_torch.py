@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 
-pytestmark = pytest.mark.xdist_group("layers_in_torch")
-
 EXACT = {"rtol": 0, "atol": 0}
 each_momentum = pytest.mark.parametrize("momentum", [0.1, None])
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -12,8 +12,6 @@ from torch.utils._pytree import tree_map_only
 import batchnorm
 from batchnorm import functional
 
-pytestmark = pytest.mark.xdist_group("torch_inputs")
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LAYERS = {
     nn.BatchNorm1d: batchnorm.BatchNorm1d,
