@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Settings:
         return 0.9 if norm == "none" else 1.0
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Who wants to know how far training is."""
 
