@@ -15,6 +15,9 @@ from batchnorm import __version__, cli
 from batchnorm.experiments.data import Dataset
 from test_training import EPOCH_FIELDS, pattern
 
+# typer demands the annotation typer.Context and hands over an object of another class.
+pytestmark = pytest.mark.untyped
+
 SMALL = ["--epochs", "2", "--batch-size", "64", "--population", "100", "--threads", "1"]
 
 

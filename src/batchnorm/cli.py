@@ -69,10 +69,11 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
