@@ -57,3 +57,11 @@ def test_the_kernels_asked_for_compute(monkeypatch):
         monkeypatch.setattr(reference, name, counted)
     batch_norm(x, None, None, training=True, kernels="reference").sum().backward()
     assert calls == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("wrap", [lambda call: call, torch.vmap], ids=["empty", "vmap"])
+def test_an_unknown_name_is_refused_where_no_kernel_would_run(wrap):
+    x = torch.zeros(0, 3) if wrap is not torch.vmap else torch.zeros(2, 4, 3)
+    call = wrap(lambda x: batch_norm(x, None, None, training=True, kernels="fastest"))
+    with pytest.raises(ValueError, match=UNKNOWN):
+        call(x)

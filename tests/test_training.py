@@ -210,6 +210,29 @@ def test_view_names_the_vectors_of_every_layer():
     assert list(norm_layers.modules(nn.Sequential(nn.BatchNorm1d(3)))) == ["0"]
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": ...}, r"config.json lacks the settings seed; start a new run"),
+        ({"norms": ["layer"]}, r"names the norm 'layer', but only batchnorm, scratch, torch, none"),
+    ],
+)
+def test_stored_settings_that_do_not_fit_are_named(change, sentence):
+    stored = {**vars(Settings()), "norms": ["none"], "torch": "2.13.0"}
+    assert Settings.from_plain(stored) == Settings(norms=("none",))
+    changed = {name: value for name, value in {**stored, **change}.items() if value is not ...}
+    with pytest.raises(RunError, match=sentence):
+        Settings.from_plain(changed)
+
+
+@pytest.mark.parametrize("state", [{}, {"model": {"weight": torch.zeros(1)}}])
+def test_checkpoint_of_something_else_is_named(tmp_path, small_data, state):
+    RunDirectory(tmp_path).create({"settings": {}, "data": {}})
+    RunDirectory(tmp_path).save_checkpoint("none", 1, state)
+    with pytest.raises(RunError, match="the last checkpoint of none does not fit this network"):
+        compare(tmp_path, small_data, norms=("none",))
+
+
 class TestRunDirectory:
     def test_refuses_a_folder_with_a_run(self, tmp_path):
         directory = RunDirectory(tmp_path)

@@ -320,7 +320,7 @@ def _one_sentence() -> Iterator[None]:
     """Turns the errors that our functions raise for bad input into a usage error."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise TyperException(str(error)) from error
 
 

@@ -76,6 +76,8 @@ def batch_norm(
         x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     validation.check_residual(x, residual)
+    if kernels is not None:
+        dispatch.choose(x, kernels)
     if x.numel() == 0:
         return _of_nothing(x, weight, bias, residual)
     if training:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from batchnorm import __version__
 from batchnorm.experiments import observation, population
 from batchnorm.experiments.data import Dataset
-from batchnorm.experiments.models import Norm, lenet
+from batchnorm.experiments.models import NORMS, Norm, lenet
 from batchnorm.experiments.norm_layers import preserved_buffers
-from batchnorm.experiments.run_directory import RunDirectory
+from batchnorm.experiments.run_directory import RunDirectory, RunError
 
 EVALUATION_BATCH = 1000
 OBSERVED_IMAGES = 256
@@ -50,9 +50,24 @@ class Settings:
 
     @classmethod
     def from_plain(cls, stored: Mapping[str, Any]) -> Settings:
-        """Settings that were written to ``config.json``; what else stands there is left out."""
+        """Settings that were written to ``config.json``; what else stands there is left out.
+
+        Raises:
+            RunError: A setting is missing, or a norm is unknown.
+        """
+        missing = [field.name for field in fields(cls) if field.name not in stored]
+        if missing:
+            raise RunError(
+                f"config.json lacks the settings {', '.join(missing)}; start a new run with --out."
+            )
         known: dict[str, Any] = {field.name: stored[field.name] for field in fields(cls)}
         known["norms"] = tuple(known["norms"])
+        unknown = [norm for norm in known["norms"] if norm not in NORMS]
+        if unknown:
+            raise RunError(
+                f"config.json names the norm {unknown[0]!r}, but only {', '.join(NORMS)} are "
+                "known; start a new run with --out."
+            )
         return cls(**known)
 
     def rate_of(self, norm: Norm) -> float:
@@ -159,9 +174,7 @@ class Comparison:
         if checkpoint is None:
             run = self._new_run(norm, self._observe_activations(model, 0))
         else:
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            run = checkpoint["run"]
+            run = _restore(checkpoint, norm, model, optimizer)
         self.runs[norm] = run
         listener.start(norm, len(run["epochs"]))
         for epoch in range(len(run["epochs"]) + 1, self.settings.epochs + 1):
@@ -273,3 +286,18 @@ class Comparison:
         ]
         self.directory.write_metrics(lines)
         self.directory.write_results(self.results())
+
+
+def _restore(
+    checkpoint: Mapping[str, Any], norm: Norm, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Loads the state after an epoch and returns what was measured until then."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["run"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"the last checkpoint of {norm} does not fit this network; delete it, and --resume "
+            "goes on from the epoch before."
+        ) from error
