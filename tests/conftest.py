@@ -1,9 +1,20 @@
 """What every test file shares: one thread a worker, and the real images."""
 
+import importlib.util
 import os
+import sys
+from unittest.mock import patch
 
 import pytest
 import torch
+
+if importlib.util.find_spec("numba"):
+    # Numba cannot compile functions that are wrapped by checks at run time.
+    from batchnorm.kernels import geometry, parallel  # noqa: F401
+
+    plain = [finder for finder in sys.meta_path if "jaxtyping" not in type(finder).__module__]
+    with patch.object(sys, "meta_path", plain):
+        from batchnorm.kernels.compiled import library, running  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 from torch.nn import functional as F
 
 from batchnorm.functional import batch_norm
+from cases import laid_out
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 DIRECTIONS = {"r": jacrev, "f": jacfwd}
@@ -260,6 +261,60 @@ def test_later_training_does_not_change_the_gradient_of_an_earlier_step():
     batch_norm(normal(8, 2, seed=1), *running, training=True)
     expected = torch.autograd.grad(F.batch_norm(x, None, None, training=True).pow(3).sum(), x)
     torch.testing.assert_close(torch.autograd.grad(loss, x), expected)
+
+
+@pytest.mark.parametrize("kernels", [None, "reference"])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
+def test_saved_tensors_may_come_back_in_another_layout(layout, create_graph, kernels):
+    """A mask is laid out as the input was."""
+    x = normal(4, 3, 5, 7).expand(4, 3, 5, 7)
+    x = normal(4, 1, 5, 7).expand(4, 3, 5, 7) if layout == "expanded" else laid_out(x, layout)
+    x, residual = x.requires_grad_(), normal(4, 3, 5, 7, seed=1).requires_grad_()
+    grads = []
+
+    def packed(tensor):
+        return tensor.contiguous() if tensor.dim() == 4 else tensor
+
+    for hooks in (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor),
+        torch.autograd.graph.save_on_cpu(),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensor,
+            lambda tensor: laid_out(tensor, "channels_last") if tensor.dim() == 4 else tensor,
+        ),
+    ):
+        with hooks:
+            y = batch_norm(
+                x,
+                None,
+                None,
+                training=True,
+                residual=residual,
+                activation="relu",
+                kernels=kernels,
+            )
+        weights = normal(4, 3, 5, 7, seed=2)
+        found = torch.autograd.grad(y, (x, residual), weights, create_graph=create_graph)
+        assert all(grad.requires_grad is create_graph for grad in found[:1])
+        grads.append([grad.detach() for grad in found])
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0])
+
+
+def test_a_residual_costs_one_bit_an_element():
+    x = normal(16, 2, 8, 8).float().requires_grad_()
+    residual = normal(16, 2, 8, 8, seed=1).float().requires_grad_()
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch_norm(x, None, None, training=True, residual=residual, activation="relu")
+    assert sum(kept) == 4 * x.numel() + x.numel() // 8 + 2 * 2 * 8
 
 
 def bytes_kept(compute, x):

@@ -1,17 +1,125 @@
 """Which kernels take a tensor."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from batchnorm.functional import batch_norm, moments
-from batchnorm.kernels import dispatch, reference
+from batchnorm.kernels import dispatch, parallel, reference
 
-UNKNOWN = r"^kernels must be None or one of reference, got 'fastest'\.$"
+UNKNOWN = r"^kernels must be None or one of numba, reference, got 'fastest'\.$"
 
 
-@pytest.mark.parametrize("name", [None, *dispatch.NAMES])
-def test_the_reference_takes_everything(name):
-    assert dispatch.choose(torch.zeros(2, 3), name) is reference
+def test_numba_is_chosen_where_it_can_compute():
+    assert dispatch.choose(torch.zeros(2, 3)) is dispatch.numba_cpu
+    assert dispatch.choose(torch.zeros(2, 3), "numba") is dispatch.numba_cpu
+    assert dispatch.choose(torch.zeros(2, 3), "reference") is reference
+    assert dispatch.choose(torch.zeros(2, 3, device="meta")) is reference
+    assert dispatch.choose(torch.zeros(2, 3, dtype=torch.float8_e5m2)) is reference
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.zeros(2, 3, device="meta"), "it is on meta, and these kernels are for the CPU"),
+        (torch.zeros(2, 3, dtype=torch.float8_e5m2), "its dtype is torch.float8_e5m2"),
+        (torch.zeros(2, 3).to_sparse(), "its layout is torch.sparse_coo"),
+    ],
+    ids=["device", "dtype", "layout"],
+)
+def test_numba_says_why_not(x, reason):
+    with pytest.raises(
+        RuntimeError, match=f"^kernels='numba' cannot take this input: {re.escape(reason)}\\.$"
+    ):
+        dispatch.choose(x, "numba")
+    assert dispatch.explain(x) == (
+        "The reference computes this input, in eager torch and float64. "
+        f"The Numba kernels cannot: {reason}."
+    )
+
+
+def test_without_numba_the_reference_computes(monkeypatch):
+    reason = "numba is not installed; pip install 'batchnorm[cpu]'"
+    monkeypatch.setattr(dispatch, "numba_cpu", None)
+    monkeypatch.setattr(dispatch, "_missing", reason)
+    assert dispatch.choose(torch.zeros(2, 3)) is reference
+    assert dispatch.explain(torch.zeros(2, 3)).endswith(f"The Numba kernels cannot: {reason}.")
+    assert not dispatch.update_running(
+        torch.zeros(1), torch.ones(1), moments(torch.ones(2, 1)), 0.1
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"^kernels='numba' cannot take this input: numba is not installed; "
+        r"pip install 'batchnorm\[cpu\]'\.$",
+    ):
+        batch_norm(torch.zeros(2, 3), None, None, training=True, kernels="numba")
+
+
+@pytest.mark.parametrize(
+    ("setup", "reason"),
+    [
+        ("sys.modules['numba'] = None", "numba is not installed|numba cannot be imported: "),
+        ("sys.path.insert(0, sys.argv[1])", "numba cannot be imported: made to fail"),
+    ],
+    ids=["missing", "broken"],
+)
+def test_an_import_that_fails_leaves_the_reference(tmp_path, setup, reason):
+    (tmp_path / "numba.py").write_text("raise SystemError('made to fail')")
+    code = (
+        f"import sys; {setup}\nimport torch, batchnorm\n"
+        "layer = batchnorm.BatchNorm1d(3)\nlayer(torch.randn(4, 3)).sum().backward()\n"
+        "print(batchnorm.explain(torch.randn(4, 3)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(reason, done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "words"),
+    [
+        ((2, 3, 8, 8), torch.contiguous_format, "planes, on the calling thread."),
+        ((2, 3, 8, 8), torch.channels_last, "columns of a matrix, on the calling thread."),
+        ((16, 64, 32, 32), torch.contiguous_format, "planes, whose channels are shared out to 2"),
+        ((64, 2, 64, 64), torch.contiguous_format, "planes, whose rows are shared out to 2"),
+    ],
+)
+@pytest.mark.usefixtures("two_threads")
+def test_explain_says_how(shape, layout, words):
+    x = torch.zeros(shape).to(memory_format=layout)
+    text = dispatch.explain(x)
+    assert text.startswith(f"The Numba kernels compute this input as {words}")
+    assert dispatch.explain(x, "numba") == text
+    assert dispatch.explain(x, "reference") == (
+        "The reference computes this input, in eager torch and float64."
+    )
+    if "shared" in words:
+        assert text.endswith(f" threads of {parallel.backend()}.")
+    else:
+        assert "after copying it into contiguous memory" in dispatch.explain(x[..., ::2])
+
+
+TRANSFORMED = (
+    r"^kernels='numba' cannot take this input: it is inside a transform \(torch\.func, vmap or "
+    r"forward mode\), and that needs the reference; leave kernels out\.$"
+)
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.jacfwd, torch.func.jacrev])
+def test_transforms_need_the_reference(transform):
+    x = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+
+    def by(kernels):
+        return lambda x: batch_norm(x, None, None, training=True, kernels=kernels)
+
+    with pytest.raises(RuntimeError, match=TRANSFORMED):
+        transform(by("numba"))(x)
+    torch.testing.assert_close(transform(by(None))(x), transform(by("reference"))(x))
 
 
 def test_every_name_is_known():

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from batchnorm.functional import batch_norm, moments
 from cases import CASES, LOW_PRECISION, Case, arguments_of
+from scales import assert_close_for, scales
 
 BY_TORCH = {
     torch.float64: 1e-9,
@@ -25,7 +26,7 @@ AS_TORCH = [
 ]
 
 
-def ours(arguments, case, training):
+def ours(arguments, case, training, kernels=None):
     return batch_norm(
         arguments.x,
         arguments.running_mean,
@@ -35,7 +36,12 @@ def ours(arguments, case, training):
         training,
         residual=arguments.residual,
         activation="relu" if case.relu else None,
+        kernels=kernels,
     )
+
+
+def by_reference(arguments, case, training):
+    return ours(arguments, case, training, "reference")
 
 
 def torchs(arguments, case, training):
@@ -75,10 +81,23 @@ def assert_rounded_once(got, exact, name):
 def test_training_is_torchs_in_float64_rounded_once(case):
     arguments = arguments_of(case)
     exact = results(torchs, arguments.widened(), case, True)
-    got = results(ours, arguments, case, True)
+    got = results(by_reference, arguments, case, True)
     assert got.keys() == exact.keys()
     for name in exact:
         assert_rounded_once(got[name], exact[name], name)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chosen_kernels_are_torchs_in_float64_up_to_rounding(case, training):
+    if not (training or case.statistics):
+        pytest.skip("inference needs statistics")
+    arguments = arguments_of(case)
+    sizes = scales(arguments, training)
+    exact = results(torchs, arguments.widened(), case, training)
+    got = results(ours, arguments, case, training)
+    for name in exact:
+        assert_close_for(sizes[name], got[name], exact[name], name)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.statistics], ids=str)
@@ -86,7 +105,7 @@ def test_inference_is_torchs_in_float64_rounded_once(case):
     arguments = arguments_of(case)
     before = arguments.running_mean.clone(), arguments.running_var.clone()
     exact = results(torchs, arguments.widened(), case, False)
-    got = results(ours, arguments, case, False)
+    got = results(by_reference, arguments, case, False)
     for name in exact:
         assert_rounded_once(got[name], exact[name], name)
     assert torch.equal(arguments.running_mean, before[0])
@@ -192,17 +211,9 @@ def test_training_ignores_the_values_of_the_statistics():
 def test_the_reference_may_be_asked_for(training):
     arguments, again = (arguments_of(Case((6, 3, 2), torch.float32)) for _ in range(2))
     chosen = ours(arguments, Case((6, 3, 2)), training)
-    named = batch_norm(
-        again.x,
-        again.running_mean,
-        again.running_var,
-        again.weight,
-        again.bias,
-        training,
-        kernels="reference",
-    )
-    assert torch.equal(chosen, named)
-    assert torch.equal(arguments.running_var, again.running_var)
+    named = by_reference(again, Case((6, 3, 2)), training)
+    torch.testing.assert_close(chosen, named)
+    torch.testing.assert_close(arguments.running_var, again.running_var)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=str)
@@ -252,12 +263,36 @@ def test_arguments_stay_as_they_are():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_moments_are_those_of_the_values(case):
     x = arguments_of(case).x.detach()
-    got = moments(x)
+    got = moments(x, "reference")
     dims = [dim for dim in range(x.dim()) if dim != 1]
     assert got.count == x.numel() // x.shape[1]
     assert got.mean.dtype == got.var.dtype == torch.float64
     torch.testing.assert_close(got.mean, x.double().mean(dims), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got.var, x.double().var(dims, correction=0), rtol=1e-8, atol=1e-12)
+    chosen = moments(x)
+    assert chosen.count == got.count
+    far = 1 + got.mean.abs() / (got.var + 1e-12).sqrt()
+    assert ((chosen.mean - got.mean).abs() <= 1e-6 * (got.var.sqrt() + 1e-6)).all()
+    assert ((chosen.var - got.var).abs() <= 1e-6 * got.var + 1e-12 * far).all()
+
+
+def test_moments_can_be_differentiated():
+    x = arguments_of(Case((6, 3))).x
+    (grad,) = torch.autograd.grad(moments(x).var.sum(), x)
+    (expected,) = torch.autograd.grad(x.var(0, correction=0).sum(), x)
+    torch.testing.assert_close(grad, expected)
+    mapped = torch.vmap(lambda x: moments(x).var)(x.detach().reshape(2, 3, 3))
+    torch.testing.assert_close(mapped, x.detach().reshape(2, 3, 3).var(1, correction=0))
+
+
+def test_fast_moments_refuse_to_be_differentiated():
+    pytest.importorskip("numba")
+    with pytest.raises(
+        RuntimeError,
+        match=r"^kernels='numba' cannot take this input: its moments are differentiated or "
+        r"traced, and that needs the reference; leave kernels out\.$",
+    ):
+        moments(arguments_of(Case((6, 3))).x, "numba")
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (2, 3, 0)])

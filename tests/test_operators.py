@@ -41,22 +41,24 @@ def test_forward_passes_opcheck(layout, training, fused):
     opcheck(torch.ops.batchnorm.forward, (x, weight, bias, residual, *fixed, 1e-5, fused, None))
 
 
-@FUSED
+@pytest.mark.parametrize(
+    ("relu", "masked"), [(False, False), (True, False), (True, True)], ids=["plain", "relu", "mask"]
+)
 @MODES
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_backward_passes_opcheck(layout, grad_layout, training, fused):
-    weight, _, mean, var = vectors()
+def test_backward_passes_opcheck(layout, grad_layout, training, relu, masked):
+    weight, bias, mean, var = vectors()
     x = normal(4, 3, 5, 2, layout=layout)
-    y, mean, var = torch.ops.batchnorm.forward(
+    _, mean, var, mask = torch.ops.batchnorm.forward(
         x,
         weight,
-        None,
-        None,
+        bias,
+        x if masked else None,
         None if training else mean,
         None if training else var,
         1e-5,
-        fused,
+        relu,
         None,
     )
     grad_output = normal(4, 3, 5, 2, layout=grad_layout, seed=5)
@@ -66,10 +68,12 @@ def test_backward_passes_opcheck(layout, grad_layout, training, fused):
             grad_output,
             x,
             weight,
-            mean.double(),
-            var.double(),
-            y if fused else None,
+            bias,
+            mean,
+            var,
+            mask if masked else None,
             1e-5,
+            relu,
             not training,
             None,
         ),
@@ -81,8 +85,8 @@ def test_opcheck_of_other_dtypes(dtype):
     x = normal(4, 3, 5).to(dtype)
     weight, bias, _, _ = vectors()
     opcheck(torch.ops.batchnorm.forward, (x, weight, bias, x, None, None, 1e-5, True, None))
-    y, mean, var = torch.ops.batchnorm.forward(x, weight, bias, x, None, None, 1e-5, True, None)
-    opcheck(torch.ops.batchnorm.backward, (x, x, weight, mean, var, y, 1e-5, False, None))
+    _, *kept = torch.ops.batchnorm.forward(x, weight, bias, x, None, None, 1e-5, True, None)
+    opcheck(torch.ops.batchnorm.backward, (x, x, weight, bias, *kept, 1e-5, True, False, None))
 
 
 class Block(nn.Module):
@@ -203,16 +207,19 @@ def test_inference_of_bfloat16_exports_and_compiles_as_eager(fused):
 
 def test_the_options_are_obeyed():
     x = normal(4, 3)
-    with pytest.raises(ValueError, match=r"^kernels must be None or one of reference, got 'x'\.$"):
+    with pytest.raises(
+        ValueError, match=r"^kernels must be None or one of numba, reference, got 'x'\.$"
+    ):
         torch.ops.batchnorm.forward(x, None, None, None, None, None, 1e-5, False, "x")
 
 
 def test_fixed_statistics_are_copied():
     mean, var = torch.zeros(3).double(), torch.ones(3).double()
-    _, kept_mean, kept_var = torch.ops.batchnorm.forward(
+    _, kept_mean, kept_var, mask = torch.ops.batchnorm.forward(
         normal(4, 3).double(), None, None, None, mean, var, 1e-5, False, None
     )
     mean.fill_(5)
     var.fill_(5)
     assert kept_mean.tolist() == [0, 0, 0]
     assert kept_var.tolist() == [1, 1, 1]
+    assert mask.numel() == 0

@@ -6,6 +6,9 @@ from torch.nn import functional as F
 
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
+from batchnorm.kernels.contract import Gate
+from batchnorm.kernels.geometry import unpack
+from batchnorm.moments import Moments
 from cases import CASES, arguments_of, laid_out
 
 
@@ -39,9 +42,8 @@ def test_the_number_of_threads_changes_no_bit(threads, shape):
     results = []
     for count in (1, 2):
         threads(count)
-        y, batch = reference.forward(x, None, None, 1e-5)
-        inv_std = (batch.var + 1e-5).rsqrt()
-        grads = reference.backward(grad_output, x, batch.mean, inv_std, None)
+        y, batch, _ = reference.forward(x, None, None, 1e-5)
+        grads = reference.backward(grad_output, x, batch.mean, batch.var, 1e-5, None)
         results.append((y, batch.mean, batch.var, grads.x, grads.weight, grads.bias))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -53,10 +55,15 @@ def test_the_layout_changes_no_bit(shape, layout):
     x, grad_output = 3 + normal(*shape), normal(*shape, seed=1)
     results = []
     for values in (x, laid_out(x, layout)):
-        y, batch = reference.forward(values, None, None, 1e-5, relu=True)
-        inv_std = (batch.var + 1e-5).rsqrt()
+        y, batch, mask = reference.forward(values, None, None, 1e-5, laid_out(x, layout), relu=True)
         grads = reference.backward(
-            laid_out(grad_output, layout), values, batch.mean, inv_std, None, y
+            laid_out(grad_output, layout),
+            values,
+            batch.mean,
+            batch.var,
+            1e-5,
+            None,
+            Gate(None, mask),
         )
         results.append((y, batch.mean, batch.var, *grads))
     for plain, other in zip(*results, strict=True):
@@ -121,32 +128,60 @@ def test_no_input_is_refused(case):
 def test_normalize_rounds_once():
     x, residual = normal(50, 2, dtype=torch.float16), normal(50, 2, dtype=torch.float16, seed=1)
     vectors = [normal(2, dtype=torch.float64, seed=seed) for seed in (2, 3, 4, 5)]
-    mean, scale, weight, bias = vectors
-    y = reference.normalize(x, mean, scale, weight, bias, residual, relu=True)
-    exact = ((x.double() - mean) * scale * weight + bias + residual.double()).relu()
+    mean, spread, weight, bias = vectors
+    var = spread.square()
+    y, mask = reference.normalize(x, mean, var, 0.5, weight, bias, residual, relu=True)
+    exact = (x.double() - mean) * (var + 0.5).rsqrt() * weight + bias + residual.double()
     assert y.dtype == torch.float16
-    assert torch.equal(y, exact.half())
+    assert torch.equal(y, exact.relu().half())
+    assert torch.equal(unpack(mask, x), exact.half() > 0)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-def test_backward_is_the_gradient_that_autograd_finds(relu):
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_backward_is_the_gradient_that_autograd_finds(relu, with_residual, fixed):
     x = normal(8, 3, 2, dtype=torch.float64).requires_grad_()
     residual = normal(8, 3, 2, dtype=torch.float64, seed=1).requires_grad_()
+    residual = residual if with_residual else None
     weight, bias = (normal(3, dtype=torch.float64, seed=s).requires_grad_() for s in (2, 3))
     grad_output = normal(8, 3, 2, dtype=torch.float64, seed=4)
-    y, batch = reference.forward(x, weight, bias, 1e-5, residual, relu=relu)
-    expected = torch.autograd.grad(y, (x, weight, bias, residual), grad_output)
+    leaves = [leaf for leaf in (x, weight, bias, residual) if leaf is not None]
+    batch = reference.moments(x)
+    if fixed:
+        batch = Moments(16, batch.mean.detach() + 1, batch.var.detach() + 1)
+    y, mask = reference.normalize(x, batch.mean, batch.var, 1e-5, weight, bias, residual, relu=relu)
+    assert (mask is None) is not (relu and with_residual)
+    expected = torch.autograd.grad(y, leaves, grad_output, retain_graph=True)
+    gate = Gate(bias, mask) if relu else None
     with torch.no_grad():
-        inv_std = (batch.var + 1e-5).rsqrt()
-        got = reference.backward(grad_output, x, batch.mean, inv_std, weight, y if relu else None)
-    assert (got.residual is None) is (not relu)
-    torch.testing.assert_close(
-        (*got[:3], grad_output if got.residual is None else got.residual), expected
-    )
+        known = (grad_output, x, batch.mean, batch.var, 1e-5, weight)
+        got = reference.backward(*known, gate, fixed=fixed)
+        assert (got.residual is None) is (mask is None)
+        torch.testing.assert_close(got[:3], tuple(expected[:3]))
+        if with_residual:
+            behind_relu = grad_output if got.residual is None else got.residual
+            torch.testing.assert_close(behind_relu, expected[3])
+        if not fixed:
+            sums = reference.grad_sums(*known, gate)
+            grad_x, behind_relu = reference.grad_input(*known, *sums, gate)
+            torch.testing.assert_close((grad_x, *sums), (got.x, got.bias, got.weight))
+            assert (behind_relu is None) is (mask is None)
+
+
+def test_the_gate_passes_what_is_not_below_zero():
+    x = torch.tensor([[-1.0], [0.0], [1.0], [float("nan")], [1e-30]], dtype=torch.float16)
+    grad = torch.ones(5, 1, dtype=torch.float16)
+    known = (grad, x, torch.zeros(1).double(), torch.ones(1).double(), 0.0, None)
+    for residual in (None, torch.zeros_like(x)):
+        _, mask = reference.normalize(*known[1:], None, residual, relu=True)
+        sum_grad, _ = reference.grad_sums(*known, Gate(None, mask))
+        assert sum_grad.tolist() == [2]
 
 
 def test_forward_is_what_torch_computes():
     x = normal(8, 3, 2, dtype=torch.float64)
-    y, batch = reference.forward(x, None, None, 0.1)
+    y, batch, mask = reference.forward(x, None, None, 0.1)
     torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True, eps=0.1))
     assert batch.count == 16
+    assert mask is None

@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from batchnorm.allocation import keep_freed_memory
     from batchnorm.functional import batch_norm
+    from batchnorm.kernels.dispatch import explain
     from batchnorm.layers.batch_norm import (
         BatchNorm1d,
         BatchNorm2d,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         LazyBatchNorm3d,
     )
     from batchnorm.moments import Moments, merge
+    from batchnorm.tools.surgery import accelerate, restore
 
 __version__ = "0.1.0"
 
@@ -31,11 +34,19 @@ __all__ = [
     "LazyBatchNorm3d",
     "Moments",
     "__version__",
+    "accelerate",
     "batch_norm",
+    "explain",
+    "keep_freed_memory",
     "merge",
+    "restore",
 ]
 
 _HOMES = {
+    "accelerate": "batchnorm.tools.surgery",
+    "explain": "batchnorm.kernels.dispatch",
+    "keep_freed_memory": "batchnorm.allocation",
+    "restore": "batchnorm.tools.surgery",
     "batch_norm": "batchnorm.functional",
     "Moments": "batchnorm.moments",
     "merge": "batchnorm.moments",

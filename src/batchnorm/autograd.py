@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from batchnorm import operators
-from batchnorm.kernels import reference
+from batchnorm.kernels import dispatch, reference
+from batchnorm.kernels.contract import Gate, statistics_dtype
+from batchnorm.kernels.geometry import is_channels_last
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def forward(
@@ -30,13 +34,35 @@ def forward(
     kernels: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batchnorm.operators.forward`, differentiable in ``x, weight, bias, residual``."""
-    arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, relu)
+    arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels)
     if is_transformed():
-        y, mean, var = operators.forward(*arguments, "reference")
-        return y, mean.detach(), var.detach()
+        dispatch.refuse(kernels, "it is inside a transform (torch.func, vmap or forward mode)")
+        return by_formula(*arguments[:-1])
+    plain = is_plain(x, weight, bias, residual, fixed_mean, fixed_var)
     if torch.is_grad_enabled():
-        return BatchNorm.apply(*arguments, kernels)  # pyright: ignore[reportReturnType]
-    return torch.ops.batchnorm.forward(*arguments, kernels)
+        return BatchNorm.apply(plain, *arguments)  # pyright: ignore[reportReturnType]
+    compute = operators.forward if plain else torch.ops.batchnorm.forward
+    return compute(*arguments)[:3]
+
+
+def by_formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    fixed_mean: Tensor | None,
+    fixed_var: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in ordinary torch operations, which every transform can look into."""
+    if fixed_mean is None or fixed_var is None:
+        batch = reference.moments(x)
+        mean, var = batch.mean, batch.var
+    else:
+        mean, var = (v.to(statistics_dtype(x), copy=True) for v in (fixed_mean, fixed_var))
+    y = reference.formula(x, mean, var, eps, weight, bias, residual, relu=relu)
+    return y, mean.detach(), var.detach()
 
 
 def is_transformed() -> bool:
@@ -49,54 +75,120 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the operators' functions may be called without torch's dispatcher.
+
+    It costs more than a small kernel, and only has something to do where torch traces, where a mode
+    looks on, where a subclass of `torch.Tensor` wants a say, where a tensor only wraps others (as
+    in ``torch.autograd.grad(..., is_grads_batched=True)``), and away from the CPU.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN and tensor.is_cpu and torch._C._has_storage(tensor)
+        ):
+            return False
+    return True
+
+
 class BatchNorm(Function):
-    """Reverse mode around the operators."""
+    """Reverse mode around the operators.
+
+    In the style of one ``forward(ctx, ...)``: torch binds the arguments of the other style by
+    name, which costs more than a small kernel. That style is there for transforms, which never
+    come here.
+    """
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        """Calls the operator."""
-        return torch.ops.batchnorm.forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps what backward needs: of the large tensors ``x``, and ``y`` if a ReLU is fused."""
-        x, weight, bias, residual, fixed_mean, _, eps, relu, kernels = inputs
-        y, mean, var = output
+    def forward(
+        ctx: Any,
+        plain: bool,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        fixed_mean: Tensor | None,
+        fixed_var: Tensor | None,
+        eps: float,
+        relu: bool,
+        kernels: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeps what backward needs: of the large tensors ``x``, and of ``y`` at most a mask."""
+        compute = operators.forward if plain else torch.ops.batchnorm.forward
+        y, mean, var, mask = compute(
+            x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels
+        )
+        masked = relu and residual is not None
+        kept_bias = bias if relu and not masked else None
+        ctx.save_for_backward(x, weight, kept_bias, mean, var, mask if masked else None)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, mean, var, y if relu else None)
-        ctx.options = (eps, fixed_mean is not None, kernels)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
+        ctx.options = (eps, relu, fixed_mean is not None, kernels)
+        ctx.plain, ctx.masked = plain, masked
+        ctx.channels_last = masked and is_channels_last(x)
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.has_residual = residual is not None
+        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         """Gradients of ``x, weight, bias, residual``."""
         grad_output = grad_outputs[0]
         if grad_output is None:
-            return (None,) * 9
+            return (None,) * 10
         # Unpacked once: activation checkpointing allows no second time.
-        saved = ctx.saved_tensors
-        grad_x, *grad_affine, behind_relu = _gradients(ctx.options, saved, grad_output)
-        grad_weight, grad_bias = (
-            None if dtype is None else grad.to(dtype)
-            for grad, dtype in zip(grad_affine, ctx.dtypes, strict=True)
+        grad_x, grad_weight, grad_bias, behind_relu = _gradients(
+            ctx, grad_output, *ctx.saved_tensors
         )
-        *_, output = saved
         grad_residual = None
         if ctx.has_residual:
-            grad_residual = grad_output if output is None else behind_relu
-        return grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None, None
-
-
-def _gradients(options: Any, saved: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
-    x, weight, mean, var, output = saved
-    eps, fixed, kernels = options
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
-        return torch.ops.batchnorm.backward(
-            grad_output, x, weight, mean, var, output, eps, fixed, kernels
+            grad_residual = behind_relu if ctx.masked else grad_output
+        return (
+            None,
+            grad_x,
+            None if ctx.weight_dtype is None else grad_weight.to(ctx.weight_dtype),
+            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+            grad_residual,
+            *(None,) * 5,
         )
+
+
+def _gradients(
+    ctx: Any,
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None,
+) -> Any:
+    eps, relu, fixed, kernels = ctx.options
+    if mask is not None:
+        x = _laid_out(x, channels_last=ctx.channels_last)
+    arguments = (weight, bias, mean, var, mask, eps, relu, fixed)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
+        plain = ctx.plain and is_plain(grad_output, x)
+        compute = operators.backward if plain else torch.ops.batchnorm.backward
+        return compute(grad_output, x, *arguments, kernels)
     if not fixed:
         batch = reference.moments(x)
         mean, var = batch.mean, batch.var
-    return operators.backward(grad_output, x, weight, mean, var, output, eps, fixed, "reference")
+    gate = Gate(bias, mask) if relu else None
+    return reference.backward(grad_output, x, mean, var, eps, weight, gate, fixed=fixed)
+
+
+def _laid_out(x: Tensor, *, channels_last: bool) -> Tensor:
+    """``x`` in the layout that it had: its mask was laid out the same way.
+
+    A hook on saved tensors may give it back in another one.
+    """
+    if is_channels_last(x) == channels_last:
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from batchnorm import autograd, validation
 from batchnorm.kernels import dispatch, reference
-from batchnorm.kernels.contract import statistics_dtype
 from batchnorm.moments import Moments, empty, update_running
 
 Activation = Literal["relu"] | None
@@ -90,7 +89,9 @@ def batch_norm(
         y, mean, var = autograd.forward(*arguments, kernels)
     if training and running_mean is not None and running_var is not None:
         batch = Moments(x.numel() // x.shape[1], mean, var)
-        _update_running(running_mean, running_var, batch, momentum)
+        plain = not autograd.is_transformed() and autograd.is_plain(running_mean, running_var, mean)
+        if not (plain and dispatch.update_running(running_mean, running_var, batch, momentum)):
+            _update_running(running_mean, running_var, batch, momentum)
     return y
 
 
@@ -105,11 +106,18 @@ def moments(x: Float[Tensor, "n c *spatial"], kernels: str | None = None) -> Mom
         TypeError: ``x`` is not a tensor.
         NotImplementedError: ``x`` is not of a floating dtype.
         IndexError: ``x`` has no channel dimension.
+        ValueError: There are no kernels of that name.
+        RuntimeError: They cannot take ``x``; only the reference has gradients.
     """
     validation.check_input(x)
     if x.numel() == 0:
         return empty(x.shape[1] if x.dim() > 1 else 0, x.device)
-    return dispatch.choose(x, kernels).moments(x)
+    chosen = dispatch.choose(x, kernels)
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    if differentiable or autograd.is_transformed() or not autograd.is_plain(x):
+        dispatch.refuse(kernels, "its moments are differentiated or traced")
+        return reference.moments(x)
+    return chosen.moments(x)
 
 
 def _prefers_plain_torch(kernels: str | None, *, training: bool) -> bool:
@@ -133,13 +141,10 @@ def _in_plain_torch(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if fixed_mean is None or fixed_var is None:
-        y, batch = reference.forward(x, weight, bias, eps, residual, relu=relu)
-        return y, batch.mean.detach(), batch.var.detach()
-    if any(v is not None and v.dtype != x.dtype for v in (weight, bias, fixed_mean, fixed_var)):
-        mean, var = (v.to(statistics_dtype(x)) for v in (fixed_mean, fixed_var))
-        y = reference.normalize(x, mean, (var + eps).rsqrt(), weight, bias, residual, relu=relu)
-        return y, mean, var
+    given = (weight, bias, fixed_mean, fixed_var)
+    mixed = any(vector is not None and vector.dtype != x.dtype for vector in given)
+    if mixed or fixed_mean is None or fixed_var is None:
+        return autograd.by_formula(x, weight, bias, residual, fixed_mean, fixed_var, eps, relu)
     y = F.batch_norm(x, fixed_mean, fixed_var, weight, bias, training=False, eps=eps)
     y = y if residual is None else y + residual
     return y.relu() if relu else y, fixed_mean, fixed_var
@@ -152,7 +157,7 @@ def _of_nothing(
     if x.dim() < 2:
         return x.clone()
     zeros = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
-    return reference.normalize(x, zeros, zeros, weight, bias, residual)
+    return reference.formula(x, zeros, zeros, 1.0, weight, bias, residual)
 
 
 def _update_running(

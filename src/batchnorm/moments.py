@@ -157,6 +157,14 @@ def update_running(
     write_buffer(running_var, new_var)
 
 
+def count_batch(num_batches_tracked: Tensor) -> None:
+    """Adds one to the counter, also where ``torch.func.grad`` captured it."""
+    if torch._C._are_functorch_transforms_active():
+        write_buffer(num_batches_tracked, num_batches_tracked + 1)
+    else:
+        num_batches_tracked.add_(1)
+
+
 @torch.no_grad()
 def write_buffer(buffer: Tensor, value: Tensor) -> None:
     """Writes ``value`` into ``buffer``, also where ``torch.func.grad`` captured the buffer.

@@ -7,6 +7,7 @@ them. Inside, `kernels.dispatch` decides who computes. Gradients stand around th
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -14,21 +15,24 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import dispatch
-from batchnorm.kernels.contract import statistics_dtype
+from batchnorm.kernels.contract import Gate, statistics_dtype
+from batchnorm.kernels.geometry import mask_size
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")
 _LIBRARY.define(
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual,"
     " Tensor? fixed_mean, Tensor? fixed_var, float eps, bool relu, str? kernels)"
-    " -> (Tensor y, Tensor mean, Tensor var)",
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor mask)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "backward(Tensor grad_output, Tensor x, Tensor? weight, Tensor mean, Tensor var,"
-    " Tensor? output, float eps, bool fixed, str? kernels)"
+    "backward(Tensor grad_output, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
+    " Tensor? mask, float eps, bool relu, bool fixed, str? kernels)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def forward(
@@ -41,71 +45,67 @@ def forward(
     eps: float,
     relu: bool,
     kernels: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalizes by the moments of ``x`` (training), or by fixed ones (inference).
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Normalizes plain tensors by the moments of ``x`` (training), or by fixed ones (inference).
 
     Returns:
-        ``y``, and copies of the mean and variance that made it. A backward pass that uses the
-        copies stays right even if the running statistics have moved on since.
+        ``y`` in the layout of ``torch.empty_like(x)``; copies of the mean and variance that made
+        it, so that a backward pass stays right even if the running statistics have moved on since;
+        and, with a residual and a ReLU, the mask of `batchnorm.kernels.geometry`.
     """
     stages = dispatch.choose(x, kernels)
     if fixed_mean is None or fixed_var is None:
-        y, batch = stages.forward(x, weight, bias, eps, residual, relu=relu)
-        return y, batch.mean, batch.var
-    mean = fixed_mean.to(statistics_dtype(x), copy=True)
-    var = fixed_var.to(statistics_dtype(x), copy=True)
-    y = stages.normalize(x, mean, (var + eps).rsqrt(), weight, bias, residual, relu=relu)
-    return y, mean, var
+        y, batch, mask = stages.forward(x, weight, bias, eps, residual, relu=relu)
+        mean, var = batch.mean, batch.var
+        _warn_of_overflow(x, var)
+    else:
+        mean = fixed_mean.to(statistics_dtype(x), copy=True)
+        var = fixed_var.to(statistics_dtype(x), copy=True)
+        y, mask = stages.normalize(x, mean, var, eps, weight, bias, residual, relu=relu)
+    return _in_layout_of(x, y), mean, var, mask
 
 
 def backward(
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    output: Tensor | None,
+    mask: Tensor | None,
     eps: float,
+    relu: bool,
     fixed: bool,
     kernels: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward`; differentiable itself where ``kernels`` is ``"reference"``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `forward`.
+
+    Args:
+        grad_output: Gradient of ``y``.
+        x: What `forward` took, in the same memory layout.
+        weight: What `forward` took.
+        bias: What `forward` took; needed with a ReLU and no mask.
+        mean: What `forward` returned.
+        var: What `forward` returned.
+        mask: What `forward` returned.
+        eps: What `forward` took.
+        relu: Whether a ReLU was fused.
+        fixed: Whether mean and variance were fixed.
+        kernels: Name of the kernels that must compute this; None chooses.
 
     Returns:
-        Gradients of ``x``, ``weight``, ``bias`` and ``residual``; the last one is empty without a
-        fused ReLU, where it is ``grad_output``.
+        Gradients of ``x``, ``weight``, ``bias`` and ``residual``, the first and the last in the
+        layouts of ``torch.empty_like(x)`` and ``torch.empty_like(grad_output)``; the last one is
+        None without a mask: then it is ``grad_output``.
     """
-    stages = dispatch.choose(x, kernels)
-    inv_std = (var + eps).rsqrt()
-    if not fixed:
-        grads = stages.backward(grad_output, x, mean, inv_std, weight, output)
-        return grads.x, grads.weight, grads.bias, _or_empty(grads.residual, x)
-    grad_bias, grad_weight = stages.grad_sums(grad_output, x, mean, inv_std, output)
-    behind_relu = None if output is None else grad_output.masked_fill(output <= 0, 0)
-    grad = grad_output if behind_relu is None else behind_relu
-    grad_x = stages.normalize(grad, torch.zeros_like(mean), inv_std, weight, None)
-    return grad_x.to(x.dtype), grad_weight, grad_bias, _or_empty(behind_relu, x)
-
-
-def _or_empty(grad: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if grad is None else grad
-
-
-def _forward_of_tensors(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward` for plain tensors, whose values may be looked at, in the layout promised."""
-    y, mean, var = forward(x, *arguments)
-    _warn_of_overflow(x, var)
-    return _in_layout_of(x, y), mean, var
-
-
-def _backward_of_tensors(
-    grad_output: Tensor, x: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`backward` for plain tensors, in the layout promised."""
-    grad_x, grad_weight, grad_bias, grad_residual = backward(grad_output, x, *arguments)
-    if grad_residual.numel() > 0:
-        grad_residual = _in_layout_of(grad_output, grad_residual)
-    return _in_layout_of(x, grad_x), grad_weight, grad_bias, grad_residual
+    gate = Gate(bias, mask) if relu else None
+    grads = dispatch.choose(x, kernels).backward(
+        grad_output, x, mean, var, eps, weight, gate, fixed=fixed
+    )
+    behind_relu = grads.residual
+    if behind_relu is not None:
+        behind_relu = _in_layout_of(grad_output, behind_relu)
+    return _in_layout_of(x, grads.x), grads.weight, grads.bias, behind_relu
 
 
 def _in_layout_of(like: Tensor, result: Tensor) -> Tensor:
@@ -116,12 +116,15 @@ def _in_layout_of(like: Tensor, result: Tensor) -> Tensor:
 
 
 def _warn_of_overflow(x: Tensor, var: Tensor) -> None:
-    if x.device.type != "cpu" or x.dtype == torch.float64:
+    """A look at one number: NaN, which ``max`` prefers, is asked about once more."""
+    if x.dtype == torch.float64 or x.device.type != "cpu":
         return
-    beyond = var > torch.finfo(torch.float32).max
-    if beyond.any():
+    if var.max().item() <= _LARGEST_FLOAT32:
+        return
+    largest = var.nan_to_num(nan=0, posinf=math.inf).max().item()
+    if largest > _LARGEST_FLOAT32:
         warnings.warn(
-            f"batch_norm: the variance of a channel is {var[beyond].max().item():.1e}, more than "
+            f"batch_norm: the variance of a channel is {largest:.1e}, more than "
             "float32 can hold: the output is right, but a float32 running_var becomes inf; scale "
             "the input down.",
             RuntimeWarning,
@@ -129,27 +132,56 @@ def _warn_of_overflow(x: Tensor, var: Tensor) -> None:
         )
 
 
-def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _operator_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward`; an operator cannot return None."""
+    y, mean, var, mask = forward(x, *arguments)
+    return y, mean, var, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+def _operator_backward(
+    grad_output: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward`; an operator cannot return None."""
+    grad_x, grad_weight, grad_bias, grad_residual = backward(grad_output, *arguments)
+    if grad_residual is None:
+        grad_residual = grad_output.new_empty(0)
+    return grad_x, grad_weight, grad_bias, grad_residual
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    fixed_mean: Tensor | None,
+    fixed_var: Tensor | None,
+    eps: float,
+    relu: bool,
+    kernels: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[1], dtype=statistics_dtype(x))
-    return torch.empty_like(x), mean, torch.empty_like(mean)
+    size = mask_size(x) if relu and residual is not None else 0
+    mask = x.new_empty(size, dtype=torch.uint8)
+    return torch.empty_like(x), mean, torch.empty_like(mean), mask
 
 
 def _fake_backward(
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    output: Tensor | None,
+    mask: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_residual = x.new_empty(0) if output is None else torch.empty_like(grad_output)
-    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), grad_residual
+    behind_relu = grad_output.new_empty(0) if mask is None else torch.empty_like(grad_output)
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), behind_relu
 
 
 for _name, _implementation, _fake in (
-    ("forward", _forward_of_tensors, _fake_forward),
-    ("backward", _backward_of_tensors, _fake_backward),
+    ("forward", _operator_forward, _fake_forward),
+    ("backward", _operator_backward, _fake_backward),
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"batchnorm::{_name}", _fake, lib=_LIBRARY)

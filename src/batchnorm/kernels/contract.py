@@ -2,10 +2,10 @@
 
 A backend is a module. It has these functions, or pyright says which one differs. In all of them
 
-- ``x``, ``residual``, ``output`` and their gradients have the shape (N, C, ...), any rank of at
-  least two, in any memory layout; ``weight``, ``bias``, ``mean``, ``var``, ``inv_std`` are (C,);
-- ``mean``, ``var``, ``inv_std`` and the sums have the dtype `statistics_dtype`;
-- ``output`` is given when a ReLU was fused: the gradient passes where ``output > 0``;
+- ``x``, ``residual`` and their gradients have the shape (N, C, ...), any rank of at least two, in
+  any memory layout; ``weight``, ``bias``, ``mean``, ``var`` are (C,);
+- ``mean``, ``var`` (biased, without ``eps``) and the sums have the dtype `statistics_dtype`;
+- ``gate`` is given to the backward stages when a ReLU was fused;
 - nothing is validated: `batchnorm.functional` did that, once.
 """
 
@@ -24,11 +24,23 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+class Gate(NamedTuple):
+    """Where a fused ReLU let its input through.
+
+    Without a residual the sign of the output is found again from ``x``, by the same arithmetic as
+    in the forward pass; that takes ``bias``. With one it is in ``mask``, one bit an element
+    (`batchnorm.kernels.geometry`).
+    """
+
+    bias: Tensor | None
+    mask: Tensor | None
+
+
 class Gradients(NamedTuple):
     """Gradients of one call of `forward`.
 
-    ``residual`` is the gradient behind the ReLU; without a fused ReLU it is ``grad_output`` itself,
-    and None stands for that.
+    ``residual`` is the gradient behind the ReLU where a mask told it; without a fused ReLU it is
+    ``grad_output`` itself, and None stands for that.
     """
 
     x: Tensor
@@ -53,14 +65,18 @@ class Stages(Protocol):
         self,
         x: Tensor,
         mean: Tensor,
-        inv_std: Tensor,
+        var: Tensor,
+        eps: float,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None = None,
         *,
         relu: bool = False,
-    ) -> Tensor:
-        """``(x - mean) * inv_std * weight + bias + residual``, then ReLU; in x's dtype."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(x - mean) / sqrt(var + eps) * weight + bias + residual``, then ReLU; in x's dtype.
+
+        The mask comes with it where a residual and a ReLU are fused.
+        """
         ...
 
     def grad_sums(
@@ -68,8 +84,10 @@ class Stages(Protocol):
         grad_output: Tensor,
         x: Tensor,
         mean: Tensor,
-        inv_std: Tensor,
-        output: Tensor | None = None,
+        var: Tensor,
+        eps: float,
+        weight: Tensor | None,
+        gate: Gate | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``sum(grad)`` and ``sum(grad * x_hat)`` a channel: grad_bias and grad_weight."""
         ...
@@ -79,11 +97,12 @@ class Stages(Protocol):
         grad_output: Tensor,
         x: Tensor,
         mean: Tensor,
-        inv_std: Tensor,
+        var: Tensor,
+        eps: float,
         weight: Tensor | None,
         sum_grad: Tensor,
         sum_grad_x_hat: Tensor,
-        output: Tensor | None = None,
+        gate: Gate | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of ``x`` and ``residual``, through the batch's own mean and variance."""
         ...
@@ -97,7 +116,7 @@ class Stages(Protocol):
         residual: Tensor | None = None,
         *,
         relu: bool = False,
-    ) -> tuple[Tensor, Moments]:
+    ) -> tuple[Tensor, Moments, Tensor | None]:
         """`moments`, then `normalize` by them."""
         ...
 
@@ -106,9 +125,12 @@ class Stages(Protocol):
         grad_output: Tensor,
         x: Tensor,
         mean: Tensor,
-        inv_std: Tensor,
+        var: Tensor,
+        eps: float,
         weight: Tensor | None,
-        output: Tensor | None = None,
+        gate: Gate | None = None,
+        *,
+        fixed: bool = False,
     ) -> Gradients:
-        """`grad_sums`, then `grad_input` by them."""
+        """`grad_sums`, then `grad_input` by them; or, if mean and variance are fixed, the scale."""
         ...

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from torch import Tensor
 
 from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Stages
+from batchnorm.moments import Moments
 
-NAMES = ("reference",)
+NAMES = ("numba", "reference")
+
+
+# Imported now and not in the first call that needs it.
+try:
+    from batchnorm.kernels import numba_cpu
+except Exception as error:  # Also what a broken installation raises.
+    numba_cpu, _missing = None, f"numba cannot be imported: {error}"
+    if importlib.util.find_spec("numba") is None:
+        _missing = "numba is not installed; pip install 'batchnorm[cpu]'"
+else:
+    _missing = None
 
 
 def choose(x: Tensor, name: str | None = None) -> Stages:
@@ -22,15 +36,72 @@ def choose(x: Tensor, name: str | None = None) -> Stages:
         RuntimeError: They cannot take ``x``; the message says why.
     """
     if name is None:
-        return reference
-    kernels = _by_name(name)
-    reason = kernels.refusal(x)
-    if reason is not None:
-        raise RuntimeError(f"kernels={name!r} cannot take this input: {reason}.")
-    return kernels
+        if numba_cpu is None or numba_cpu.refusal(x) is not None:
+            return reference
+        return numba_cpu
+    kernels, reason = _by_name(name)
+    if kernels is not None:
+        reason = kernels.refusal(x)
+        if reason is None:
+            return kernels
+    raise RuntimeError(f"kernels={name!r} cannot take this input: {reason}.")
 
 
-def _by_name(name: str) -> Stages:
+def refuse(name: str | None, reason: str) -> None:
+    """Raises if other kernels than the reference are asked for, where only that will do.
+
+    Raises:
+        ValueError: There are no kernels of that name.
+        RuntimeError: They are not the reference.
+    """
+    if name is not None and _by_name(name)[0] is not reference:
+        raise RuntimeError(
+            f"kernels={name!r} cannot take this input: {reason}, and that needs the reference; "
+            "leave kernels out."
+        )
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, batch: Moments, weight: float | Tensor
+) -> bool:
+    """Moves plain buffers on a CPU by compiled code; False if nothing was done.
+
+    Args:
+        running_mean: As for `batchnorm.moments.update_running`, which computes the same.
+        running_var: As there.
+        batch: As there.
+        weight: As there.
+    """
+    if numba_cpu is None:
+        return False
+    return numba_cpu.update_running(running_mean, running_var, batch, weight)
+
+
+def explain(x: Tensor, kernels: str | None = None) -> str:
+    """Who computes ``x`` and in what way, or why the fast kernels cannot; one or two sentences.
+
+    Args:
+        x: The input, (N, C, ...).
+        kernels: A name in `NAMES`; None chooses.
+
+    Raises:
+        ValueError: There are no kernels of that name.
+        RuntimeError: They cannot take ``x``; the message says why.
+    """
+    chosen = choose(x, kernels)
+    if numba_cpu is not None and chosen is numba_cpu:
+        return numba_cpu.explain(x)
+    text = "The reference computes this input, in eager torch and float64."
+    if kernels is not None:
+        return text
+    reason = _missing if numba_cpu is None else numba_cpu.refusal(x)
+    return f"{text} The Numba kernels cannot: {reason}."
+
+
+def _by_name(name: str) -> tuple[Stages | None, str | None]:
+    """The kernels of that name, or None and why there are none."""
+    if name == "numba":
+        return numba_cpu, _missing
     if name == "reference":
-        return reference
+        return reference, None
     raise ValueError(f"kernels must be None or one of {', '.join(NAMES)}, got {name!r}.")

@@ -8,11 +8,12 @@ to be right, not to be fast. The formulas are derived in ``docs/derivation.md``.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.kernels.contract import Gradients, statistics_dtype
+from batchnorm.kernels import geometry
+from batchnorm.kernels.contract import Gate, Gradients, statistics_dtype
 from batchnorm.moments import Moments
 
 # torch adds up fewer values than this on one thread.
@@ -51,15 +52,35 @@ def moments(x: Float[Tensor, "n c *spatial"]) -> Moments:
 def normalize(
     x: Float[Tensor, "n c *spatial"],
     mean: Float[Tensor, " c"],
-    inv_std: Float[Tensor, " c"],
+    var: Float[Tensor, " c"],
+    eps: float,
+    weight: Float[Tensor, " c"] | None,
+    bias: Float[Tensor, " c"] | None,
+    residual: Float[Tensor, "n c *spatial"] | None = None,
+    *,
+    relu: bool = False,
+) -> tuple[Float[Tensor, "n c *spatial"], UInt8[Tensor, " bytes"] | None]:
+    """`formula`, and with a residual and a ReLU the mask."""
+    y = formula(x, mean, var, eps, weight, bias, residual, relu=relu)
+    return y, geometry.pack(_passes(y), x) if relu and residual is not None else None
+
+
+def formula(
+    x: Float[Tensor, "n c *spatial"],
+    mean: Float[Tensor, " c"],
+    var: Float[Tensor, " c"],
+    eps: float,
     weight: Float[Tensor, " c"] | None,
     bias: Float[Tensor, " c"] | None,
     residual: Float[Tensor, "n c *spatial"] | None = None,
     *,
     relu: bool = False,
 ) -> Float[Tensor, "n c *spatial"]:
-    r""":math:`y = (x - \mu)\,\sigma^{-1} \gamma + \beta + r`, then ReLU; in x's dtype."""
-    y = _x_hat(x, mean, inv_std)
+    r""":math:`y = (x - \mu) / \sqrt{\sigma^2 + \epsilon}\,\gamma + \beta + r`, then ReLU.
+
+    In x's dtype. For those who differentiate it as it stands, and need no mask.
+    """
+    y = _x_hat(x, mean, var, eps)
     if weight is not None:
         y = y * _along_channels(weight, x)
     if bias is not None:
@@ -73,24 +94,26 @@ def grad_sums(
     grad_output: Float[Tensor, "n c *spatial"],
     x: Float[Tensor, "n c *spatial"],
     mean: Float[Tensor, " c"],
-    inv_std: Float[Tensor, " c"],
-    output: Float[Tensor, "n c *spatial"] | None = None,
+    var: Float[Tensor, " c"],
+    eps: float,
+    weight: Float[Tensor, " c"] | None,
+    gate: Gate | None = None,
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     r""":math:`\sum g` and :math:`\sum g\,\hat x` of each channel, summed in float64."""
-    grad = _behind_relu(grad_output, output).to(statistics_dtype(x))
-    x_hat = _x_hat(x, mean, inv_std)
-    return _channel_sums(grad), _channel_sums(grad * x_hat)
+    grad = _behind_relu(grad_output, x, mean, var, eps, weight, gate)
+    return _grad_sums(grad, _x_hat(x, mean, var, eps))
 
 
 def grad_input(
     grad_output: Float[Tensor, "n c *spatial"],
     x: Float[Tensor, "n c *spatial"],
     mean: Float[Tensor, " c"],
-    inv_std: Float[Tensor, " c"],
+    var: Float[Tensor, " c"],
+    eps: float,
     weight: Float[Tensor, " c"] | None,
     sum_grad: Float[Tensor, " c"],
     sum_grad_x_hat: Float[Tensor, " c"],
-    output: Float[Tensor, "n c *spatial"] | None = None,
+    gate: Gate | None = None,
 ) -> tuple[Float[Tensor, "n c *spatial"], Float[Tensor, "n c *spatial"] | None]:
     r"""The chain rule through the batch's own mean and variance.
 
@@ -98,16 +121,12 @@ def grad_input(
     \left(g - \frac1n \sum g - \hat x\,\frac1n \sum g\,\hat x\right)`
 
     Returns:
-        The gradient of ``x``, and with a fused ReLU the gradient of ``residual`` (else None: it is
-        ``grad_output``).
+        The gradient of ``x``, and with a mask the gradient of ``residual`` (else None).
     """
-    count = x.numel() // x.shape[1]
-    grad = _behind_relu(grad_output, output)
-    x_hat = _x_hat(x, mean, inv_std)
-    centred = grad.to(x_hat.dtype) - _along_channels(sum_grad / count, x)
-    centred = centred - x_hat * _along_channels(sum_grad_x_hat / count, x)
-    scale = inv_std if weight is None else inv_std * weight
-    return (centred * _along_channels(scale, x)).to(x.dtype), None if output is None else grad
+    grad = _behind_relu(grad_output, x, mean, var, eps, weight, gate)
+    sums = sum_grad, sum_grad_x_hat
+    grad_x = _grad_input(grad, x, _x_hat(x, mean, var, eps), _scale(var, eps, weight), sums)
+    return grad_x, None if gate is None or gate.mask is None else grad
 
 
 def forward(
@@ -118,39 +137,86 @@ def forward(
     residual: Float[Tensor, "n c *spatial"] | None = None,
     *,
     relu: bool = False,
-) -> tuple[Float[Tensor, "n c *spatial"], Moments]:
+) -> tuple[Float[Tensor, "n c *spatial"], Moments, UInt8[Tensor, " bytes"] | None]:
     """`moments`, then `normalize` by them."""
     batch = moments(x)
-    inv_std = (batch.var + eps).rsqrt()
-    return normalize(x, batch.mean, inv_std, weight, bias, residual, relu=relu), batch
+    y, mask = normalize(x, batch.mean, batch.var, eps, weight, bias, residual, relu=relu)
+    return y, batch, mask
 
 
 def backward(
     grad_output: Float[Tensor, "n c *spatial"],
     x: Float[Tensor, "n c *spatial"],
     mean: Float[Tensor, " c"],
-    inv_std: Float[Tensor, " c"],
+    var: Float[Tensor, " c"],
+    eps: float,
     weight: Float[Tensor, " c"] | None,
-    output: Float[Tensor, "n c *spatial"] | None = None,
+    gate: Gate | None = None,
+    *,
+    fixed: bool = False,
 ) -> Gradients:
-    """`grad_sums`, then `grad_input` by them."""
-    sum_grad, sum_grad_x_hat = grad_sums(grad_output, x, mean, inv_std, output)
-    grad_x, grad_residual = grad_input(
-        grad_output, x, mean, inv_std, weight, sum_grad, sum_grad_x_hat, output
-    )
-    return Gradients(grad_x, sum_grad_x_hat, sum_grad, grad_residual)
+    """`grad_sums`, then `grad_input` by them; or, if mean and variance are fixed, the scale."""
+    grad = _behind_relu(grad_output, x, mean, var, eps, weight, gate)
+    x_hat, scale = _x_hat(x, mean, var, eps), _scale(var, eps, weight)
+    sum_grad, sum_grad_x_hat = _grad_sums(grad, x_hat)
+    if fixed:
+        grad_x = (grad * _along_channels(scale, x)).to(x.dtype)
+    else:
+        grad_x = _grad_input(grad, x, x_hat, scale, (sum_grad, sum_grad_x_hat))
+    masked = gate is not None and gate.mask is not None
+    return Gradients(grad_x, sum_grad_x_hat, sum_grad, grad if masked else None)
 
 
-def _x_hat(x: Tensor, mean: Tensor, inv_std: Tensor) -> Tensor:
+def _x_hat(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    inv_std = (var + eps).rsqrt()
     return (x.to(mean.dtype) - _along_channels(mean, x)) * _along_channels(inv_std, x)
+
+
+def _scale(var: Tensor, eps: float, weight: Tensor | None) -> Tensor:
+    inv_std = (var + eps).rsqrt()
+    return inv_std if weight is None else inv_std * weight
+
+
+def _passes(y: Tensor) -> Tensor:
+    """Where ReLU lets through: not where ``y <= 0``, so NaN passes. A constant to derivatives."""
+    return (y.detach() <= 0).logical_not()
+
+
+def _behind_relu(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    gate: Gate | None,
+) -> Tensor:
+    if gate is None:
+        return grad_output
+    if gate.mask is not None:
+        passes = geometry.unpack(gate.mask, x)
+    else:
+        with torch.no_grad():
+            passes = _passes(formula(x, mean, var, eps, weight, gate.bias))
+    return grad_output.masked_fill(passes.logical_not(), 0)
+
+
+def _grad_sums(grad: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    grad = grad.to(x_hat.dtype)
+    return _channel_sums(grad), _channel_sums(grad * x_hat)
+
+
+def _grad_input(
+    grad: Tensor, x: Tensor, x_hat: Tensor, scale: Tensor, sums: tuple[Tensor, Tensor]
+) -> Tensor:
+    count = x.numel() // x.shape[1]
+    mean_grad, mean_grad_x_hat = (_along_channels(total / count, x) for total in sums)
+    centred = grad.to(x_hat.dtype) - mean_grad - x_hat * mean_grad_x_hat
+    return (centred * _along_channels(scale, x)).to(x.dtype)
 
 
 def _along_channels(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(1, -1, *[1] * (x.dim() - 2))
-
-
-def _behind_relu(grad_output: Tensor, output: Tensor | None) -> Tensor:
-    return grad_output if output is None else grad_output.masked_fill(output <= 0, 0)
 
 
 def _channel_sums(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from batchnorm.functional import Activation, batch_norm
-from batchnorm.moments import weight_of_new_batch, write_buffer
+from batchnorm.moments import count_batch, weight_of_new_batch
 from batchnorm.validation import check_activation
 
 
@@ -61,7 +61,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             activation=self.activation,
         )
         if tracks and self.num_batches_tracked is not None and input.numel() > 0:
-            write_buffer(self.num_batches_tracked, self.num_batches_tracked + 1)
+            count_batch(self.num_batches_tracked)
         return output
 
     def extra_repr(self) -> str:

@@ -1,0 +1,87 @@
+"""The backward kernels: prepare, collect, merge and apply, in one call or in several."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from batchnorm.kernels.compiled import columns, planes
+from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.forwards import group_size, share
+from batchnorm.kernels.compiled.merging import merge_grads_of, prepare
+from batchnorm.kernels.compiled.task import task_at
+
+
+def of_planes(element, number):
+    """The kernel for planes of ``element``, computed as ``number``."""
+
+    def backward(pointer, thread, team):
+        task = task_at(pointer)
+        shape = (task.rows, task.channels, task.length)
+        x, grad = array_at(task.x, shape, element), array_at(task.grad, shape, element)
+        grad_x = array_at(task.grad_x, shape, element)
+        behind_relu = array_at(task.behind_relu, shape, element)
+        mask = array_at(task.mask, (*shape[:2], (task.length + 7) // 8), np.uint8)
+        weight = array_at(task.weight, (task.channels,), number)
+        bias = array_at(task.bias, (task.channels,), number)
+        partials = array_at(task.partials, (task.slabs, 7, task.channels), np.float64)
+        coefficients = array_at(task.coefficients, (6, task.channels), number)
+        channels, slabs = (0, task.channels), (0, task.slabs)
+        begin, end = planes.share_of_pieces(x, 0, 1)
+        if task.by_slab:
+            slabs = share(task.slabs, thread, team)
+            begin, end = planes.share_of_pieces(x, thread, team)
+        else:
+            channels = share(task.channels, thread, team)
+        group = group_size(task)
+        for first in range(channels[0], channels[1], group):
+            last = min(first + group, channels[1])
+            if task.prepare:
+                prepare(task, coefficients, weight, bias, first, last)
+            if task.collect:
+                for slab in range(slabs[0], slabs[1]):
+                    planes.grad_sums(
+                        task, grad, x, mask, behind_relu, partials, coefficients, first, last, slab
+                    )
+            if task.merge:
+                merge_grads_of(task, partials, coefficients, first, last)
+            if task.apply:
+                behind = behind_relu if task.mask else grad
+                planes.grad_input(task, behind, x, grad_x, coefficients, first, last, begin, end)
+
+    return backward
+
+
+def of_columns(element, number):
+    """The kernel for columns of ``element``, computed as ``number``."""
+
+    def backward(pointer, thread, team):
+        task = task_at(pointer)
+        width = task.fold * task.channels * task.repeat
+        shape = (task.rows, width)
+        x, grad = array_at(task.x, shape, element), array_at(task.grad, shape, element)
+        grad_x = array_at(task.grad_x, shape, element)
+        behind_relu = array_at(task.behind_relu, shape, element)
+        mask = array_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
+        weight = array_at(task.weight, (task.channels,), number)
+        bias = array_at(task.bias, (task.channels,), number)
+        partials = array_at(task.partials, (task.slabs, 7, width), np.float64)
+        coefficients = array_at(task.coefficients, (6, width), number)
+        work = array_at(task.work, (team, 3, width), number)[thread]
+        from_slab, to_slab = share(task.slabs, thread, team)
+        if task.prepare:
+            prepare(task, coefficients, weight, bias, 0, task.channels)
+        if task.collect:
+            for slab in range(from_slab, to_slab):
+                columns.grad_sums(
+                    task, grad, x, mask, behind_relu, partials, work, coefficients, slab
+                )
+        if task.merge:
+            if not task.given:
+                columns.gather_grads(partials)
+            merge_grads_of(task, partials[:1], coefficients, 0, task.channels)
+        if task.apply:
+            behind = behind_relu if task.mask else grad
+            for slab in range(to_slab - 1, from_slab - 1, -1):
+                columns.grad_input(task, behind, x, grad_x, coefficients, slab, task.slabs)
+
+    return backward

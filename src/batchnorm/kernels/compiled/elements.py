@@ -1,0 +1,188 @@
+"""Single elements: how they are stored, and in what precision they are computed.
+
+Numba and NumPy know no bfloat16, and Numba computes no float16 on a CPU. Their bits travel as
+integers: an array of ``uint16`` holds bfloat16, one of ``int16`` holds float16. `widen` makes the
+number out of them, `narrow` rounds it back, to the nearest and ties to even. The other floating
+types are computed as they are stored.
+
+Each function has two bodies: the Python one runs when Numba's JIT is disabled, the overload is
+compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload, register_jitable
+
+NAN = np.uint32(0x7FC0)
+HALF = np.uint32(0x7FFF)
+INFINITY = np.uint32(0x7F800000)
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+ONE = np.uint32(1)
+SIXTEEN = np.uint32(16)
+
+
+@intrinsic
+def _float32_of_bits(context, bits):
+    def code(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), code
+
+
+@intrinsic
+def _bits_of_float32(context, value):
+    def code(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), code
+
+
+@intrinsic
+def _float32_of_half(context, bits):
+    def code(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), code
+
+
+@intrinsic
+def _half_of_float32(context, value):
+    def code(context, builder, signature, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), code
+
+
+@intrinsic
+def _pointer(context, address, dtype):
+    element = dtype.dtype
+
+    def code(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(element)))
+
+    return types.CPointer(element)(address, dtype), code
+
+
+def array_at(address, shape, dtype):
+    """The array of ``shape`` and ``dtype`` that begins at ``address``."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_char * size).from_address(int(address))
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+@overload(array_at)
+def _array_at(address, shape, dtype):
+    return lambda address, shape, dtype: carray(_pointer(address, dtype), shape)
+
+
+def widen(element):
+    """The number that a stored element stands for."""
+    if isinstance(element, np.uint16):
+        return np.uint32(int(element) << 16).view(np.float32)
+    if isinstance(element, np.int16):
+        return np.float32(element.view(np.float16))
+    return element
+
+
+@overload(widen)
+def _widen(element):
+    if element == types.uint16:
+        return lambda element: _float32_of_bits(np.uint32(element) << SIXTEEN)
+    if element == types.int16:
+        return lambda element: _float32_of_half(element)
+    return lambda element: element
+
+
+def narrow(value, like):
+    """``value`` as an element of the array ``like``, rounded to the nearest."""
+    if like.dtype == np.uint16:
+        return np.uint16(_round_to_bfloat16(int(np.float32(value).view(np.uint32))))
+    if like.dtype == np.int16:
+        with np.errstate(over="ignore"):
+            return np.float16(value).view(np.int16)
+    return value
+
+
+@register_jitable
+def _round_to_bfloat16(bits):
+    if (bits & MAGNITUDE) > INFINITY:
+        return NAN
+    return (bits + HALF + ((bits >> SIXTEEN) & ONE)) >> SIXTEEN
+
+
+@overload(narrow)
+def _narrow(value, like):
+    if like.dtype == types.uint16:
+        return lambda value, like: np.uint16(_round_to_bfloat16(_bits_of_float32(value)))
+    if like.dtype == types.int16:
+        return lambda value, like: _half_of_float32(value)
+    return lambda value, like: value
+
+
+def at(values, index):
+    """``values[index]``, or ``values`` itself where one number serves for all."""
+    return values[index] if isinstance(values, np.ndarray) else values
+
+
+@overload(at)
+def _at(values, index):
+    if isinstance(values, types.Array):
+        return lambda values, index: values[index]
+    return lambda values, index: values
+
+
+def number_like(array, value):
+    """``value``, in the precision in which the elements of ``array`` are computed."""
+    return np.float64(value) if array.dtype == np.float64 else np.float32(value)
+
+
+@overload(number_like)
+def _number_like(array, value):
+    if array.dtype == types.float64:
+        return lambda array, value: np.float64(value)
+    return lambda array, value: np.float32(value)
+
+
+@intrinsic
+def _prefetch(context, array, index):
+    def code(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        builder.call(function, [address, flag(0), flag(2), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, index), code
+
+
+def fetch(row):
+    """Asks for a row to be brought into the L2 cache, and does not wait for it."""
+
+
+@overload(fetch)
+def _fetch(row):
+    step = 64 * 8 // row.dtype.bitwidth
+
+    def loop(row):
+        for j in range(0, row.size, step):
+            _prefetch(row, j)
+
+    return loop
+
+
+@njit
+def minus(a, b):
+    """``a - b``, which a sum around it must not take apart.
+
+    Sums may be reordered by the compiler. This difference may not: near a large mean it is exact,
+    and everything rests on that.
+    """
+    return a - b

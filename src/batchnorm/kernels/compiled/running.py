@@ -1,0 +1,87 @@
+"""The running statistics moved by one compiled call: in torch it takes ten small operations."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, config, types
+from torch import Tensor
+
+from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.library import _fingerprint
+
+NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
+SIGNATURE = types.void(*[types.uintp] * 4, types.intp, types.float64, types.float64)
+_Prototype = ctypes.CFUNCTYPE(
+    None, *[ctypes.c_size_t] * 4, ctypes.c_ssize_t, ctypes.c_double, ctypes.c_double
+)
+
+# The machine code lives as long as these.
+_compiled: dict[torch.dtype, Any] = {}
+
+
+def update(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: object,
+    weight: object,
+) -> bool:
+    """Moves contiguous buffers of one dtype towards float64 statistics; False if they are not."""
+    dtype = running_mean.dtype
+    if not (
+        type(weight) is float
+        and type(count) is int
+        and dtype in NUMBERS
+        and running_var.dtype == dtype
+        and mean.dtype == torch.float64
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and not running_mean.is_inference()
+        and not running_var.is_inference()
+    ):
+        return False
+    _kernel(dtype)(
+        running_mean.data_ptr(),
+        running_var.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        mean.numel(),
+        weight,
+        count / (count - 1),
+    )
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    return True
+
+
+@cache
+def _kernel(dtype: torch.dtype) -> Any:
+    function = _of(NUMBERS[dtype])
+    if config.DISABLE_JIT:
+        return function
+    function.__qualname__ = f"move_{np.dtype(NUMBERS[dtype]).name}_{_fingerprint():08x}"
+    try:
+        _compiled[dtype] = cfunc(SIGNATURE, cache=True)(function)
+    except RuntimeError:  # No folder for the cache can be written.
+        _compiled[dtype] = cfunc(SIGNATURE)(function)
+    return _Prototype(_compiled[dtype].address)
+
+
+def _of(number):
+    """The kernel for buffers of ``number``."""
+
+    def move(running_mean, running_var, mean, var, channels, weight, unbiased):
+        old_mean = array_at(running_mean, (channels,), number)
+        old_var = array_at(running_var, (channels,), number)
+        new_mean = array_at(mean, (channels,), np.float64)
+        new_var = array_at(var, (channels,), np.float64)
+        for c in range(channels):
+            old_mean[c] = (1 - weight) * float(old_mean[c]) + weight * new_mean[c]
+            old_var[c] = (1 - weight) * float(old_var[c]) + weight * (new_var[c] * unbiased)
+
+    return move

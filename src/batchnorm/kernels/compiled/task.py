@@ -1,0 +1,75 @@
+"""What a kernel is told: one record of addresses and numbers, the same for every kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import numpy as np
+from numba import carray, from_dtype
+from numba.extending import overload
+
+ADDRESSES = (
+    "x",
+    "residual",
+    "y",
+    "mask",
+    "grad",
+    "grad_x",
+    "behind_relu",
+    "weight",
+    "bias",
+    "mean",
+    "var",
+    "sum_grad",
+    "sum_grad_x_hat",
+    "partials",
+    "coefficients",
+    "work",
+)
+NUMBERS = (
+    # Shape: planes are (rows, channels, length), with one column a channel; columns are
+    # (rows, fold * channels * repeat).
+    "rows",
+    "channels",
+    "length",
+    "fold",
+    "repeat",
+    "slabs",
+    # Elements of a channel.
+    "count",
+    # Steps to do in this call.
+    "prepare",
+    "collect",
+    "merge",
+    "apply",
+    # How they are done: threads share slabs, not channels; a ReLU is fused; mean and variance are
+    # constants; the sums are given.
+    "by_slab",
+    "relu",
+    "fixed",
+    "given",
+)
+
+
+class Task(ctypes.Structure):
+    """Addresses are zero where there is no such tensor."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_size_t) for name in ADDRESSES),
+        *((name, ctypes.c_int64) for name in NUMBERS),
+        ("eps", ctypes.c_double),
+    ]
+
+
+RECORD = from_dtype(np.dtype(Task))
+
+
+def task_at(pointer):
+    """The task behind a pointer; without the JIT the task itself is handed around."""
+    return pointer
+
+
+@overload(task_at)
+def _task_at(pointer):
+    return lambda pointer: carray(pointer, 1)[0]

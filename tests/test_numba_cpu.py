@@ -1,0 +1,374 @@
+"""The compiled kernels are held against the reference, in every layout, size and dtype."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from batchnorm.functional import batch_norm
+from batchnorm.kernels import reference
+from batchnorm.kernels.contract import Gate, Stages
+from batchnorm.kernels.geometry import unpack
+from batchnorm.moments import Moments
+from batchnorm.moments import update_running as updated_by_torch
+from cases import CASES, Case, arguments_of, laid_out
+from scales import assert_close_for, scales
+
+numba_cpu = pytest.importorskip("batchnorm.kernels.numba_cpu")
+from batchnorm.kernels.compiled import library, planes  # noqa: E402
+
+EPS = 1e-5
+LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; afterwards it is as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody has written holds NaN, or 255 in masks; scratch memory too."""
+
+    def poison(make):
+        def made(*args, **options):
+            tensor = make(*args, **options)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
+
+        return made
+
+    def scratch(size, keep=library._scratch):
+        address = keep(size)
+        library._kept.memory[:] = 255
+        return address
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(library, "_scratch", scratch)
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=chance, dtype=torch.float64).to(dtype)
+
+
+def composites(stages, a, relu, fixed=None):
+    """Results of the stages and of the composites, by name."""
+    with torch.no_grad():
+        batch = stages.moments(a.x)
+        y, whole, mask = stages.forward(a.x, a.weight, a.bias, EPS, a.residual, relu=relu)
+        moments = whole if fixed is None else fixed
+        known = (a.x, moments.mean, moments.var, EPS)
+        again, _ = stages.normalize(*known, a.weight, a.bias, a.residual, relu=relu)
+        gate = Gate(a.bias, mask if fixed is None else None) if relu else None
+        if fixed is not None and relu and a.residual is not None:
+            gate = Gate(
+                a.bias, stages.normalize(*known, a.weight, a.bias, a.residual, relu=True)[1]
+            )
+        known = (a.grad_output, *known, a.weight)
+        grads = stages.backward(*known, gate, fixed=fixed is not None)
+        sums = stages.grad_sums(*known, gate)
+        grad_x, behind = stages.grad_input(*known, *sums, gate)
+    assert (grads.residual is None) is (behind is None) is (gate is None or gate.mask is None)
+    found = {"y": y, "normalized": again, "x": grads.x, "weight": grads.weight, "bias": grads.bias}
+    found |= {"sum": sums[0], "product": sums[1], "mean": batch.mean, "var": batch.var}
+    found |= {"whole_mean": whole.mean, "whole_var": whole.var}
+    if fixed is None:
+        found["grad_x"] = grad_x
+    if behind is not None:
+        found |= {"residual": grads.residual, "behind": behind}
+    return found
+
+
+SCALE_OF = {
+    "normalized": "y",
+    "sum": "bias",
+    "product": "weight",
+    "grad_x": "x",
+    "behind": "residual",
+    "whole_mean": "mean",
+    "whole_var": "var",
+}
+
+
+def assert_as_reference(a, relu, fixed=None):
+    expected = composites(reference, a, relu, fixed)
+    got = composites(numba_cpu, a, relu, fixed)
+    assert got.keys() == expected.keys()
+    sizes = scales(a, training=fixed is None)
+    batch_sizes = scales(a, training=True)
+    for name in expected:
+        scale = (batch_sizes if name == "y" else sizes)[SCALE_OF.get(name, name)]
+        exact = expected[name].double()
+        low = a.x.dtype not in (torch.float32, torch.float64)
+        if name in ("mean", "var", "whole_mean", "whole_var"):
+            std = expected["var"].sqrt() + 1e-6 * (1 + expected["mean"].abs())
+            allowed = 1e-6 * (std if name.endswith("mean") else std.square())
+            assert ((got[name] - exact).abs() <= allowed).all(), name
+        elif name in ("weight", "bias", "sum", "product") and a.x.dtype != torch.float64:
+            error = (got[name] - exact).abs()
+            assert (error <= 2**-20 * scale).all(), name
+        else:
+            assert_close_for(scale, got[name], exact, name, steps=16 if low else 8)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_stage_is_the_references(case):
+    assert_as_reference(arguments_of(case), case.relu)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", [case for case in CASES if case.statistics], ids=str)
+def test_fixed_statistics_are_the_references(case):
+    a = arguments_of(case)
+    fixed = Moments(2, a.running_mean.double(), a.running_var.double())
+    assert_as_reference(a, case.relu, fixed)
+
+
+SIZES = [
+    (2, 3, planes.PIECE + 5),
+    (1, 2, 3 * planes.PIECE),
+    (63, 100),
+    (1000, 1),
+    (100, 3, 3),
+    (3, 63, 63),
+    (63, 1, 1, 3),
+    (5, 100, 8, 8),
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "residual-relu"])
+def test_other_sizes(shape, layout, residual):
+    case = Case(shape, torch.float32, layout, residual=residual, relu=True)
+    assert_as_reference(arguments_of(case), relu=True)
+
+
+def test_the_module_keeps_the_contract():
+    assert isinstance(numba_cpu, Stages)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((4096, 4), "contiguous"),
+        ((20, 3, 30, 30), "contiguous"),
+        ((20, 3, 30, 30), "channels_last"),
+        ((4096, 3, 3), "contiguous"),
+        ((20, 3, 30, 30), "sliced"),
+    ],
+)
+def test_the_variance_survives_a_large_mean(shape, layout):
+    x = laid_out((1e4 + normal(*shape, dtype=torch.float64)).float(), layout)
+    dims = [dim for dim in range(len(shape)) if dim != 1]
+    exact = (x.double() - 1e4).var(dims, correction=0)
+    got = numba_cpu.moments(x)
+    assert ((got.var - exact).abs() / exact).max() < 1e-5
+    _, whole, _ = numba_cpu.forward(x, None, None, EPS)
+    assert torch.equal(whole.var, got.var)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((8, 3, 64, 64), "contiguous"),
+        ((8, 64, 20, 20), "contiguous"),
+        ((8, 64, 20, 20), "channels_last"),
+        ((4096, 40), "contiguous"),
+        ((4096, 10, 3), "contiguous"),
+    ],
+)
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "residual-relu"])
+def test_the_number_of_threads_changes_no_bit(threads, shape, layout, residual):
+    case = Case(shape, torch.float32, layout, residual=residual, relu=True)
+    a = arguments_of(case)
+    assert a.x.numel() * 4 > 256 * 1024
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(composites(numba_cpu, a, relu=True))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((6, 3, 50), "contiguous"), ((6, 3), "contiguous"), ((6, 3, 50), "channels_last")],
+)
+def test_nan_and_infinity_stay_in_their_channel(shape, layout, value):
+    x = laid_out(normal(*shape), layout)
+    x[2, 1] = value
+    y, batch, _ = numba_cpu.forward(x, None, None, EPS, relu=True)
+    grads = numba_cpu.backward(
+        torch.ones_like(x), x, batch.mean, batch.var, EPS, None, Gate(None, None)
+    )
+    for result in (y, grads.x):
+        assert result[:, 1].isnan().all()
+        assert result[:, [0, 2]].isfinite().all()
+    assert batch.var[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-25])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((20, 3, 50), "contiguous"), ((20, 3), "contiguous"), ((20, 3, 50), "channels_last")],
+)
+def test_float32_holds_neither_these_squares_nor_their_sums(shape, layout, scale):
+    x = laid_out((scale * normal(*shape, dtype=torch.float64)).float(), layout)
+    got, expected = numba_cpu.moments(x), reference.moments(x)
+    torch.testing.assert_close(got.mean / scale, expected.mean / scale)
+    torch.testing.assert_close(got.var / scale**2, expected.var / scale**2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(999, 2), (9, 2, 111), (2, 2, 5000)], ids=str)
+def test_a_constant_channel_has_no_variance(shape, dtype):
+    for value in (0.1, 1000.0, -3.3):
+        x = torch.full(shape, value, dtype=dtype)
+        assert numba_cpu.moments(x).var.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mask_tells_where_relu_let_through(dtype, layout):
+    x, residual = (laid_out(normal(5, 3, 6, 7, seed=s).to(dtype), layout) for s in (0, 1))
+    residual[0, 0, 0, 0] = torch.nan
+    y, _, mask = numba_cpu.forward(x, None, None, EPS, residual, relu=True)
+    seen = unpack(mask, x)
+    assert torch.equal(seen, (y <= 0).logical_not())
+    assert seen[0, 0, 0, 0]
+    _, _, expected = reference.forward(x, None, None, EPS, residual, relu=True)
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-7, 1e-40], ids=str)
+def test_the_gradient_passes_exactly_where_the_output_is_above_zero(dtype, layout, size):
+    """Also where the output is so small that its dtype rounds it to zero."""
+    x = laid_out(normal(40, 3, 8, 8).to(dtype), layout)
+    weight, bias = torch.full((3,), size).to(dtype), torch.zeros(3).to(dtype)
+    weight, bias = (v.double() if dtype == torch.float64 else v.float() for v in (weight, bias))
+    y, batch, _ = numba_cpu.forward(x, weight, bias, EPS, relu=True)
+    grad = torch.ones_like(x)
+    known = (grad, x, batch.mean, batch.var, EPS, weight, Gate(bias, None))
+    assert torch.equal(numba_cpu.grad_sums(*known)[0], (y > 0).sum((0, 2, 3)).double())
+    if size == 1:
+        grads = numba_cpu.backward(*known, fixed=True)
+        assert torch.equal(grads.x != 0, y > 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "expanded"])
+def test_gradients_come_in_any_layout(layout, grad_layout):
+    x = laid_out(normal(4, 3, 6, 7), layout)
+    grad = normal(3, 1, 1).expand(4, 3, 6, 7)
+    if grad_layout != "expanded":
+        grad = laid_out(normal(4, 3, 6, 7, seed=1), grad_layout)
+    batch = numba_cpu.moments(x)
+    got = numba_cpu.backward(grad, x, batch.mean, batch.var, EPS, None)
+    expected = reference.backward(grad, x, batch.mean, batch.var, EPS, None)
+    torch.testing.assert_close(got[:3], expected[:3], rtol=1e-4, atol=1e-4)
+
+
+def test_results_are_on_the_cpu_whatever_the_default_device():
+    x = normal(6, 3)
+    with torch.device("meta"):
+        y = batch_norm(x, None, None, training=True, kernels="numba")
+    assert y.device.type == "cpu"
+    torch.testing.assert_close(y, reference.forward(x, None, None, EPS)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", [0.0, 0.1, 1.0, -0.5])
+def test_running_statistics_move_as_in_torch_to_the_bit(dtype, weight):
+    batch = Moments(7, normal(50, dtype=torch.float64), normal(50, dtype=torch.float64).square())
+    compiled, plain = ([normal(50, seed=s).to(dtype) for s in (1, 2)] for _ in range(2))
+    versions = [buffer._version for buffer in compiled]
+    assert numba_cpu.update_running(*compiled, batch, weight)
+    updated_by_torch(*plain, batch, weight)
+    for one, other, version in zip(compiled, plain, versions, strict=True):
+        assert torch.equal(one, other)
+        assert one._version > version
+
+
+def test_other_running_statistics_are_left_to_torch():
+    batch = Moments(7, torch.zeros(3).double(), torch.ones(3).double())
+    for buffer in (torch.zeros(3).bfloat16(), torch.zeros(6)[::2]):
+        assert not numba_cpu.update_running(buffer, buffer.clone(), batch, 0.1)
+    assert not numba_cpu.update_running(*torch.zeros(2, 3), batch, torch.tensor(0.1))
+    with torch.inference_mode():
+        made = torch.zeros(3)
+    assert not numba_cpu.update_running(made, made, batch, 0.1)
+
+
+SMALL = """
+import torch, sys
+sys.path.insert(0, sys.argv[1])
+from cases import Case
+from test_numba_cpu import arguments_of, assert_as_reference, numba_cpu, updated_by_torch
+from batchnorm.moments import Moments
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for shape, layout in (((2, 3, 33), "contiguous"), ((3, 2, 2, 3), "channels_last")):
+        for residual in (False, True):
+            a = arguments_of(Case(shape, dtype, layout, residual=residual, relu=True))
+            assert_as_reference(a, True)
+            fixed = Moments(2, a.running_mean.double(), a.running_var.double())
+            assert_as_reference(a, residual, fixed)
+assert numba_cpu.moments(torch.full((5, 2, 40), 1e-25)).var.tolist() == [0, 0]
+assert numba_cpu.moments(torch.full((5, 2), 1e-25)).var.tolist() == [0, 0]
+batch = Moments(4, torch.ones(2).double(), torch.ones(2).double())
+moved, expected = torch.zeros(2, 2), torch.zeros(2, 2)
+assert numba_cpu.update_running(*moved, batch, 0.1)
+updated_by_torch(*expected, batch, 0.1)
+assert torch.equal(moved, expected)
+big = arguments_of(Case((70, 2, 2, 500), torch.float32))
+torch.set_num_threads(2)
+assert_as_reference(big, False)
+print("same")
+"""
+
+
+def run_small(**environment):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SMALL, os.path.dirname(__file__)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "same\n"
+
+
+def test_the_loops_are_plain_python_when_nothing_is_compiled():
+    run_small(NUMBA_DISABLE_JIT="1")
+
+
+def test_without_a_folder_for_the_cache_kernels_are_compiled_anew(tmp_path):
+    (tmp_path / "file").touch()
+    code = (
+        "import torch, batchnorm\n"
+        "layer = batchnorm.BatchNorm1d(3)\n"
+        "print(layer(torch.randn(4, 3)).shape)\n"
+        "assert batchnorm.explain(torch.randn(4, 3)).startswith('The Numba')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([4, 3])\n"
