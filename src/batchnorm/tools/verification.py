@@ -1,0 +1,312 @@
+"""Does a changed model still compute the same? Outputs, gradients and buffers are compared.
+
+Two right computations differ in their last digits, and a deep network in training can blow such a
+difference up by many orders of magnitude, so no fixed tolerance would do. How far it blows up is
+measured: the *original* model runs again with the input of every batch norm layer moved at random,
+by up to 64 units in the last place of its largest value. Whatever moves then may differ by four
+times that much and 64 units in the last place of its own largest value, but not more.
+
+A ReLU whose input is almost zero may switch, and then a gradient jumps. If one jumped in the
+changed model, it jumps in about every second of the runs that imitate rounding; so before anything
+is called wrong, there are more of these.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Results = dict[str, Tensor]
+_CONTAINERS = (dict, OrderedDict, list, set)
+_FIRST_SEEDS, _MORE_SEEDS = range(2), range(2, 18)
+_MODES = {False: "evaluation", True: "training"}
+
+
+class Snapshot:
+    """Everything about a model that can be put back: classes, attributes, and tensors if wanted.
+
+    Args:
+        model: The model.
+        tensors: Whether to keep the values of parameters, buffers and gradients, and the state of
+            the random number generators, too.
+    """
+
+    def __init__(self, model: nn.Module, *, tensors: bool) -> None:
+        self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+        held = [value for *_, attributes in self._modules for value in attributes.values()]
+        self._containers = [(v, v.copy()) for v in held if type(v) in _CONTAINERS]
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._grads: list[tuple[Tensor, Tensor | None]] = []
+        self._random: dict[str, Any] = {}
+        if tensors:
+            self._keep_tensors(model, [value for value in held if isinstance(value, Tensor)])
+
+    def put_back(self) -> None:
+        """Makes the model what it was, bit for bit, with the same objects in the same places."""
+        for module, kind, attributes in self._modules:
+            object.__setattr__(module, "__class__", kind)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for container, content in self._containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        for tensor, value in self._tensors:
+            tensor.data.copy_(value)
+        for parameter, grad in self._grads:
+            parameter.grad = grad
+        self.rewind_random()
+
+    def rewind_random(self) -> None:
+        """Sets the random number generators back."""
+        if not self._random:
+            return
+        torch.set_rng_state(self._random["torch"])
+        random.setstate(self._random["python"])
+        np.random.set_state(self._random["numpy"])
+        if "cuda" in self._random:
+            torch.cuda.set_rng_state_all(self._random["cuda"])
+
+    def _keep_tensors(self, model: nn.Module, others: list[Tensor]) -> None:
+        parameters = list(model.parameters())
+        grads = [parameter.grad for parameter in parameters]
+        kept = [*parameters, *model.buffers(), *others, *(g for g in grads if g is not None)]
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in kept]
+        self._grads = list(zip(parameters, grads, strict=True))
+        self._random = {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+        }
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._random["cuda"] = torch.cuda.get_rng_state_all()
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The largest differences found, as shares of the largest output and the largest gradient.
+
+    Attributes:
+        output: Between the outputs of the two models.
+        gradient: Between their gradients.
+        rounding_of_output: Between the original's outputs and its own when rounding is imitated.
+        rounding_of_gradient: The same for the gradients.
+    """
+
+    output: float
+    gradient: float
+    rounding_of_output: float
+    rounding_of_gradient: float
+
+
+class Verification:
+    """The results of a model as it is, against which a changed one is held.
+
+    Args:
+        model: The original.
+        example_input: One tensor, a tuple of arguments or a dict of keyword arguments.
+        before: The state from which every run starts.
+
+    Raises:
+        TypeError: ``example_input`` is neither.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Any, before: Snapshot) -> None:
+        self._example = _arguments(example_input)
+        self._before = before
+        self._expected: dict[bool, Results] = {}
+        self._rounding: dict[bool, dict[str, float]] = {training: {} for training in _MODES}
+        for training in _MODES:
+            self._expected[training] = self._run(model, training=training)
+            for seed in _FIRST_SEEDS:
+                self._imitate_rounding(model, seed, training=training)
+
+    def check(self, model: nn.Module) -> Differences:
+        """Runs the changed model and puts its tensors and flags back.
+
+        Raises:
+            RuntimeError: Something differs by more than rounding; the message names it.
+        """
+        changed = Snapshot(model, tensors=False)
+        shares: dict[str, list[float]] = {"output": [], "gradient": []}
+        rounding: dict[str, list[float]] = {"output": [], "gradient": []}
+        for training in _MODES:
+            actual = self._run(model, training=training)
+            distances = self._distances(actual, training=training)
+            seeds = iter(_MORE_SEEDS)
+            while (wrong := self._disagreement(distances, training=training)) is not None:
+                seed = next(seeds, None)
+                if seed is None:
+                    raise RuntimeError(wrong)
+                self._imitate_rounding(model, seed, training=training)
+            self._before.put_back()
+            changed.put_back()
+            for kind in shares:
+                shares[kind].append(self._share(distances, kind, training=training))
+                moved = self._rounding[training]
+                rounding[kind].append(self._share(moved, kind, training=training))
+        return Differences(*(max(values) for values in (*shares.values(), *rounding.values())))
+
+    def _imitate_rounding(self, model: nn.Module, seed: int, *, training: bool) -> None:
+        """Runs the original, disturbed, and notes how far everything moves at most."""
+        self._before.put_back()
+        _disturb(model, seed)
+        moved = self._rounding[training]
+        for name, distance in self._distances(
+            self._run(model, training=training), training=training
+        ).items():
+            moved[name] = max(moved.get(name, 0.0), distance)
+        self._before.put_back()
+
+    def _distances(self, actual: Results, *, training: bool) -> dict[str, float]:
+        expected = self._expected[training]
+        missing = dict.fromkeys(sorted(expected.keys() ^ actual.keys()), math.inf)
+        common = [name for name in expected if name in actual]
+        return missing | {name: _distance(actual[name], expected[name]) for name in common}
+
+    def _disagreement(self, distances: dict[str, float], *, training: bool) -> str | None:
+        """What is wrong, as a message, or None."""
+        for name, distance in distances.items():
+            expected = self._expected[training].get(name)
+            allowed = 4 * self._rounding[training].get(name, 0.0)
+            if expected is not None and expected.dtype.is_floating_point:
+                allowed += 64 * torch.finfo(expected.dtype).eps * _size(expected)
+            if not distance <= allowed:
+                return (
+                    f"accelerate: {name} in {_MODES[training]} differs by {distance:.1e}, and "
+                    f"rounding explains {allowed:.1e}; the model is as it was before, call "
+                    "accelerate without example_input only if that difference is fine."
+                )
+        return None
+
+    def _share(self, distances: dict[str, float], kind: str, *, training: bool) -> float:
+        """The largest distance as a share of the largest value of that kind."""
+        expected = self._expected[training]
+        names = [name for name in expected if name.startswith(f"the {kind}")]
+        size = max((_size(expected[name]) for name in names), default=0.0)
+        distance = max((distances[name] for name in names), default=0.0)
+        return distance / size if size > 0 else distance
+
+    def _run(self, model: nn.Module, *, training: bool) -> Results:
+        """Outputs, gradients and buffers of one call."""
+        self._before.rewind_random()
+        model.train(training)
+        leaves: Results = {}
+        args, kwargs = (_with_leaves(part, "input", leaves) for part in self._example)
+        leaves |= {n: p for n, p in model.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            outputs = dict(_tensors_in(model(*args, **kwargs), "the output"))
+            results = {name: value.detach().clone() for name, value in outputs.items()}
+            roots = [value for value in outputs.values() if value.requires_grad]
+            generator = torch.Generator().manual_seed(0)
+            weights = [
+                torch.randn(root.shape, generator=generator).to(root.device, root.dtype)
+                for root in roots
+            ]
+            inputs = list(leaves.values())
+            grads = [None] * len(inputs)
+            if roots and inputs:
+                grads = torch.autograd.grad(roots, inputs, weights, allow_unused=True)
+        for name, buffer in model.named_buffers():
+            results[f"{name} after a call"] = buffer.detach().clone()
+        for name, grad in zip(leaves, grads, strict=True):
+            if grad is not None:
+                results[f"the gradient of {name}"] = grad
+        return results
+
+
+def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_input, Tensor):
+        return (example_input,), {}
+    if isinstance(example_input, tuple):
+        return example_input, {}
+    if isinstance(example_input, dict):
+        return (), example_input
+    raise TypeError(
+        "accelerate: example_input must be a tensor, a tuple of arguments or a dict of keyword "
+        f"arguments, got {type(example_input).__name__}."
+    )
+
+
+def _with_leaves(value: Any, name: str, leaves: Results) -> Any:
+    """A copy of the arguments in which every floating tensor hangs on a leaf in ``leaves``."""
+    if isinstance(value, Tensor):
+        copy = value.detach().clone()
+        if not copy.is_floating_point():
+            return copy
+        leaves[name] = copy.requires_grad_()
+        return copy.clone()
+    if isinstance(value, dict):
+        return {k: _with_leaves(v, f"{name}[{k!r}]", leaves) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        items = [_with_leaves(v, f"{name}[{i}]", leaves) for i, v in enumerate(value)]
+        return type(value)(items)
+    return value
+
+
+def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors_in(item, f"{name}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _tensors_in(item, f"{name}[{index}]")
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        for key, item in vars(value).items():
+            yield from _tensors_in(item, f"{name}.{key}")
+
+
+def _disturb(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        x, *rest = args
+        noise = torch.rand(x.shape, generator=generator)
+        if x.dim() > 1:
+            channels = torch.rand(x.shape[1], generator=generator)
+            noise = noise + channels.reshape(-1, *[1] * (x.dim() - 2))
+        eps = torch.finfo(x.dtype).eps
+        step = max(2 * eps, min(64 * eps, 4e-3)) * x.detach().abs().amax()
+        return (x + (noise - 1).to(x.device, x.dtype) * step, *rest)
+
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(move)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; infinite where only one is finite, or the shapes or dtypes differ."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return math.inf
+    if a.numel() == 0:
+        return 0.0
+    wide_a, wide_b = _widened(a), _widened(b)
+    distance = (wide_a - wide_b).abs()
+    largest = distance.max().item()
+    if math.isfinite(largest):
+        return largest
+    same = (wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan())
+    return distance.nan_to_num(math.inf, math.inf).masked_fill(same, 0).max().item()
+
+
+def _size(value: Tensor) -> float:
+    if value.numel() == 0:
+        return 0.0
+    size = _widened(value).abs().max().item()
+    return size if math.isfinite(size) else _widened(value).abs().nan_to_num(0, 0).max().item()
+
+
+def _widened(value: Tensor) -> Tensor:
+    if value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value if value.is_floating_point() or value.is_complex() else value.cpu().double()
