@@ -23,8 +23,12 @@ SMALL = ["--epochs", "2", "--batch-size", "64", "--population", "100", "--thread
 
 @pytest.fixture
 def small_images(monkeypatch):
+    """A small data set; this process gives its memory back as before. How often it was not to."""
+    kept = []
+    monkeypatch.setattr("batchnorm.cli.experiment.keep_freed_memory", lambda: kept.append(None))
     dataset = Dataset("patterns", "this test", *pattern(300, 0), *pattern(60, 1), tuple("0123"))
     monkeypatch.setattr("batchnorm.experiments.data.load", lambda *args, **kwargs: dataset)
+    return kept
 
 
 def run(capsys, *arguments):
@@ -145,6 +149,7 @@ def test_train_writes_everything(capsys, tmp_path, small_images):
     assert "batchnorm" in out
     assert "none" in out
     assert f"Report: {out_dir / 'report.html'}" in err
+    assert len(small_images) == 1
     names = {path.name for path in out_dir.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "report.json", "report.html", "checkpoints"}
     assert "<svg" in (out_dir / "report.html").read_text()

@@ -1,0 +1,130 @@
+"""Whole training steps: the same network with torch's layers, with ours and, LeNet, with none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.bench import norms
+from batchnorm.bench.cases import Net
+from batchnorm.bench.clock import Timed
+from batchnorm.bench.nets import ResNet
+from batchnorm.bench.rivals import OURS, TORCH
+from batchnorm.bench.truth import Disagreement
+from batchnorm.experiments.models import lenet
+
+NONE = "none"
+TOLERANCE = 1e-2
+"""Of all gradients together, ours against torch's; fifty layers in float32 add up."""
+
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a net is measured.
+
+    Args:
+        batch: Images a step.
+        image: Their shape, (C, H, W).
+        make: Builds the net for each of the rivals, by name.
+    """
+
+    batch: int
+    image: tuple[int, int, int]
+    make: dict[str, Callable[[], nn.Module]]
+
+
+SETTINGS: dict[Net, Setting] = {
+    "lenet": Setting(
+        256,
+        (1, 28, 28),
+        {
+            OURS: lambda: lenet("batchnorm"),
+            TORCH: lambda: lenet("torch"),
+            NONE: lambda: lenet("none"),
+        },
+    ),
+    "resnet18": Setting(
+        32,
+        (3, 64, 64),
+        {OURS: lambda: ResNet(18, norms.fused), TORCH: lambda: ResNet(18, norms.NormThen)},
+    ),
+    "resnet50": Setting(
+        32,
+        (3, 64, 64),
+        {OURS: lambda: ResNet(50, norms.fused), TORCH: lambda: ResNet(50, norms.NormThen)},
+    ),
+}
+
+
+class Step:
+    """Forward, loss, backward and one step of SGD on images that stay the same.
+
+    Args:
+        model: What is trained.
+        images: Of shape (N, C, H, W).
+        labels: Of shape (N,).
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self.model = model.train()
+        self.images = images
+        self.labels = labels
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+    def gradients(self) -> Tensor:
+        """All gradients of a first step, one after the other; no weight is changed."""
+        self._backward()
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+    def timed(self) -> Timed:
+        """The step for the clock."""
+        return Timed(lambda _: self._step())
+
+    def _step(self) -> None:
+        self._backward()
+        self._optimizer.step()
+
+    def _backward(self) -> None:
+        self._optimizer.zero_grad()
+        F.cross_entropy(self.model(self.images), self.labels).backward()
+
+
+def steps_of(net: Net, batch: int | None = None) -> dict[str, Step]:
+    """The step of every rival, from the same weights on the same random images.
+
+    Args:
+        net: Which network.
+        batch: Images a step; None is the setting's.
+
+    Raises:
+        Disagreement: Our gradients are not torch's.
+    """
+    setting = SETTINGS[net]
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(batch or setting.batch, *setting.image, generator=random)
+    labels = torch.randint(10, (len(images),), generator=random)
+    models: dict[str, nn.Module] = {}
+    for name, make in setting.make.items():
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            models[name] = make()
+    steps = {name: Step(model, images, labels) for name, model in models.items()}
+    _check(net, steps[OURS].gradients(), steps[TORCH].gradients())
+    return steps
+
+
+def _check(net: Net, ours: Tensor, theirs: Tensor) -> None:
+    error = float((ours - theirs).norm() / theirs.norm())
+    if not error <= TOLERANCE:
+        raise Disagreement(
+            [
+                f"a training step of {net}: batchnorm's gradients differ from torch's by "
+                f"{error:.1e} of their norm, {TOLERANCE:.0e} is allowed."
+            ]
+        )

@@ -1,0 +1,70 @@
+"""The command line: arguments, one call, a report. Exit codes stand in ``__main__.main``.
+
+Heavy imports stand inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from batchnorm import __version__
+from batchnorm.cli import experiment, measurement, walkthrough
+from batchnorm.cli.options import INTERRUPTED
+
+app = typer.Typer(
+    name="batchnorm",
+    help="Batch normalization you can read, trust and run fast, for PyTorch.",
+    epilog="Start with: batchnorm explain, then: batchnorm train",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command; wrong use is one sentence on stderr.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return app(list(arguments) or ["--help"], prog_name="batchnorm", standalone_mode=False) or 0
+    except TyperException as error:
+        message = " ".join(error.format_message().split())
+        print(f"batchnorm: {message.rstrip('.')}.", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("batchnorm: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+app.command()(walkthrough.explain)
+app.command()(experiment.train)
+app.command()(experiment.report)
+app.command()(measurement.bench)

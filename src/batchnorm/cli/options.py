@@ -1,0 +1,49 @@
+"""What the commands share: options, one sentence for bad input, JSON on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+INTERRUPTED = 130
+
+
+class Language(StrEnum):
+    """Languages of what people read."""
+
+    en = "en"
+    zh = "zh"
+
+
+Lang = Annotated[Language, typer.Option("--lang", help="Language of the text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
+]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns the errors that our functions raise for bad input into a usage error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise TyperException(str(error)) from error
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON document on standard output."""
+    from batchnorm.experiments.run_directory import as_json
+
+    print(as_json(value))
+
+
+def say(line: str) -> None:
+    """Prints one line on standard error, where it is no part of the result."""
+    print(line, file=sys.stderr)

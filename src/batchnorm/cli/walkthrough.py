@@ -1,0 +1,42 @@
+"""``batchnorm explain``: the walkthrough with real numbers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from batchnorm.cli.options import Json, Lang, Language, print_json
+
+
+class Example(StrEnum):
+    """What there is to explain."""
+
+    all = "all"
+    fully_connected = "fully-connected"
+    convolution = "convolution"
+
+
+def explain(
+    example: Annotated[Example, typer.Argument(help="Which example of the notes.")] = Example.all,
+    lang: Lang = Language.en,
+    as_json: Json = False,
+) -> None:
+    """Walk through batch normalization step by step, with real numbers."""
+    from batchnorm.learn import document, examples
+
+    names = examples.NAMES if example is Example.all else (example.value,)
+    if as_json:
+        walked = [
+            {"name": name, "steps": document.steps_as_json(examples.walk(name), lang.value)}
+            for name in names
+        ]
+        print_json({"schema": 1, "examples": walked})
+        return
+    from rich.console import Console
+
+    from batchnorm.learn import terminal
+
+    for name in names:
+        Console().print(terminal.render(examples.walk(name), lang.value))
