@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from batchnorm.bench.truth import Disagreement
 from batchnorm.experiments.models import lenet
 
 NONE = "none"
-TOLERANCE = 1e-2
-"""Of all gradients together, ours against torch's; fifty layers in float32 add up."""
+# How far from float64 gradients may be, as a share of their norm, and how many times torch's error.
+TOLERANCE, MARGIN = 1e-3, 3.0
 
 LEARNING_RATE = 1e-3
 
@@ -103,7 +104,7 @@ def steps_of(net: Net, batch: int | None = None) -> dict[str, Step]:
         batch: Images a step; None is the setting's.
 
     Raises:
-        Disagreement: Our gradients are not torch's.
+        Disagreement: Our gradients are clearly further from float64's than torch's are.
     """
     setting = SETTINGS[net]
     random = torch.Generator().manual_seed(0)
@@ -114,17 +115,20 @@ def steps_of(net: Net, batch: int | None = None) -> dict[str, Step]:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             models[name] = make()
+    true = Step(copy.deepcopy(models[TORCH]).double(), images.double(), labels).gradients()
     steps = {name: Step(model, images, labels) for name, model in models.items()}
-    _check(net, steps[OURS].gradients(), steps[TORCH].gradients())
+    _check(net, steps[OURS].gradients(), steps[TORCH].gradients(), true)
     return steps
 
 
-def _check(net: Net, ours: Tensor, theirs: Tensor) -> None:
-    error = float((ours - theirs).norm() / theirs.norm())
-    if not error <= TOLERANCE:
+def _check(net: Net, ours: Tensor, torchs: Tensor, true: Tensor) -> None:
+    """A deep network magnifies rounding, ours and torch's alike: float64 is the judge of both."""
+    error, torchs_error = (float((got - true).norm() / true.norm()) for got in (ours, torchs))
+    allowed = TOLERANCE + MARGIN * torchs_error
+    if not error <= allowed:
         raise Disagreement(
             [
-                f"a training step of {net}: batchnorm's gradients differ from torch's by "
-                f"{error:.1e} of their norm, {TOLERANCE:.0e} is allowed."
+                f"a training step of {net}: batchnorm's gradients are off by {error:.1e} of their "
+                f"norm, torch's by {torchs_error:.1e}, {allowed:.1e} is allowed."
             ]
         )
