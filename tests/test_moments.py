@@ -22,6 +22,8 @@ from batchnorm.moments import (
 
 settings.register_profile("core", deadline=None, max_examples=60, derandomize=True)
 CORE = settings.get_profile("core")
+# Checks at run time look at a random item of a tuple, and Hypothesis owns all randomness.
+RANDOMLY_CHECKED = pytest.mark.untyped
 
 
 def data(values, channels=3, mean=0.0, std=1.0, seed=0):
@@ -52,6 +54,7 @@ def splits(draw):
     return x, [moments_of(part) for part in x.split(sizes)], abs(mean) + std
 
 
+@RANDOMLY_CHECKED
 @CORE
 @given(splits())
 def test_any_split_merges_to_the_moments_of_the_whole(split):
@@ -59,6 +62,7 @@ def test_any_split_merges_to_the_moments_of_the_whole(split):
     assert_same(merge(*parts), exact(x), scale, rtol=1e-7)
 
 
+@RANDOMLY_CHECKED
 @CORE
 @given(splits(), st.randoms(use_true_random=False))
 def test_the_order_of_the_parts_does_not_matter(split, chance):
@@ -68,6 +72,7 @@ def test_the_order_of_the_parts_does_not_matter(split, chance):
     assert_same(merge(*shuffled), merge(*parts), scale, rtol=1e-7)
 
 
+@RANDOMLY_CHECKED
 @CORE
 @given(splits(), st.integers(0, 8))
 def test_merging_is_associative(split, cut):
