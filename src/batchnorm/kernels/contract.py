@@ -39,6 +39,7 @@ class Gate(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients of one call of `forward`.
 
+    Those of weight and bias have the dtype of the statistics, or that of the weight already.
     ``residual`` is the gradient behind the ReLU where a mask told it; without a fused ReLU it is
     ``grad_output`` itself, and None stands for that.
     """

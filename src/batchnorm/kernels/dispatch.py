@@ -63,17 +63,20 @@ def refuse(name: str | None, reason: str) -> None:
 
 def update_running(
     running_mean: Tensor, running_var: Tensor, batch: Moments, weight: float | Tensor
-) -> bool:
-    """Moves plain buffers on a CPU by compiled code; False if nothing was done.
+) -> float | None:
+    """Moves plain buffers on a CPU by compiled code.
 
     Args:
         running_mean: As for `batchnorm.moments.update_running`, which computes the same.
         running_var: As there.
         batch: As there.
         weight: As there.
+
+    Returns:
+        The largest variance of the batch, or None if nothing was done.
     """
     if numba_cpu is None:
-        return False
+        return None
     return numba_cpu.update_running(running_mean, running_var, batch, weight)
 
 

@@ -48,8 +48,12 @@ def explain(x: Tensor) -> str:
 
 def update_running(
     running_mean: Tensor, running_var: Tensor, batch: Moments, weight: float | Tensor
-) -> bool:
-    """`batchnorm.moments.update_running` in one call, to the same bits; False if it is not done."""
+) -> float | None:
+    """`batchnorm.moments.update_running` in one call, to the same bits.
+
+    Returns:
+        The largest variance of the batch, or None if nothing was done.
+    """
     return running.update(running_mean, running_var, batch.mean, batch.var, batch.count, weight)
 
 
@@ -103,10 +107,10 @@ def grad_sums(
     gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both sums in one pass."""
-    sum_grad, sum_grad_x_hat, _, _ = _backward(
-        ("prepare", "collect", "merge"), grad_output, x, mean, var, eps, weight, gate
-    )
-    return sum_grad, sum_grad_x_hat
+    sums, options = _new_statistics(x), Options(gate is not None, eps=eps)
+    steps = ("prepare", "collect", "merge")
+    _backward(steps, grad_output, x, mean, var, weight, gate, sums, options)
+    return sums
 
 
 def grad_input(
@@ -125,8 +129,8 @@ def grad_input(
     # Where a mask has to be unpacked, that is done together with the sums.
     masked = gate is not None and gate.mask is not None
     steps = ("prepare", "collect", "merge", "apply") if masked else ("prepare", "merge", "apply")
-    *_, grad_x, behind_relu = _backward(steps, grad_output, x, mean, var, eps, weight, gate, sums)
-    return grad_x, behind_relu
+    options = Options(gate is not None, given=True, eps=eps)
+    return _backward(steps, grad_output, x, mean, var, weight, gate, sums, options)
 
 
 def forward(
@@ -173,10 +177,11 @@ def backward(
 ) -> Gradients:
     """`grad_sums`, then `grad_input` by them, while the channel is in the cache."""
     steps = ("prepare", "collect", "merge", "apply")
-    sum_grad, sum_grad_x_hat, grad_x, behind_relu = _backward(
-        steps, grad_output, x, mean, var, eps, weight, gate, fixed=fixed
-    )
-    return Gradients(grad_x, sum_grad_x_hat, sum_grad, behind_relu)
+    sums = _new_sums(weight, x)
+    narrow = sums[0].dtype != torch.float64
+    options = Options(gate is not None, fixed, narrow=narrow, eps=eps)
+    grad_x, behind_relu = _backward(steps, grad_output, x, mean, var, weight, gate, sums, options)
+    return Gradients(grad_x, sums[1], sums[0], behind_relu)
 
 
 def _backward(
@@ -185,37 +190,30 @@ def _backward(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
-    eps: float,
     weight: Tensor | None,
     gate: Gate | None,
-    sums: tuple[Tensor, Tensor] | None = None,
-    *,
-    fixed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    sums: tuple[Tensor, Tensor],
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``x`` and ``residual``; ``sums`` are filled, or read if they are given."""
     x = _laid_out(x)
     mask, bias = (None, None) if gate is None else (gate.mask, gate.bias)
     grad_x = torch.empty_like(x)
     behind_relu = None if mask is None else torch.empty_like(x)
-    sum_grad, sum_grad_x_hat = _new_statistics(x) if sums is None else sums
-    library.run(
-        "backward",
-        steps,
-        x,
-        Tensors(
-            mask=mask,
-            grad=_laid_out_like(x, grad_output),
-            grad_x=grad_x,
-            behind_relu=behind_relu,
-            weight=_parameter(weight, x),
-            bias=_parameter(bias, x),
-            mean=mean,
-            var=var,
-            sum_grad=sum_grad,
-            sum_grad_x_hat=sum_grad_x_hat,
-        ),
-        Options(gate is not None, fixed, sums is not None, eps),
+    tensors = Tensors(
+        mask=mask,
+        grad=_laid_out_like(x, grad_output),
+        grad_x=grad_x,
+        behind_relu=behind_relu,
+        weight=_parameter(weight, x),
+        bias=_parameter(bias, x),
+        mean=mean,
+        var=var,
+        sum_grad=sums[0],
+        sum_grad_x_hat=sums[1],
     )
-    return sum_grad, sum_grad_x_hat, grad_x, behind_relu
+    library.run("backward", steps, x, tensors, options)
+    return grad_x, behind_relu
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -231,6 +229,13 @@ def _laid_out_like(x: Tensor, other: Tensor | None) -> Tensor | None:
 def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.empty(x.shape[1], dtype=torch.float64, device=_CPU)
     return first, torch.empty_like(first)
+
+
+def _new_sums(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """For the gradients of weight and bias, rounded at once if the weight is of float32."""
+    if weight is None or weight.dtype != torch.float32 or x.dtype == torch.float64:
+        return _new_statistics(x)
+    return torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _new_mask(x: Tensor, residual: Tensor | None) -> Tensor | None:

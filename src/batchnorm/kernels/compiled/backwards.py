@@ -6,7 +6,7 @@ import numpy as np
 
 from batchnorm.kernels.compiled import columns, planes
 from batchnorm.kernels.compiled.elements import array_at
-from batchnorm.kernels.compiled.forwards import group_size, share
+from batchnorm.kernels.compiled.forwards import share
 from batchnorm.kernels.compiled.merging import merge_grads_of, prepare
 from batchnorm.kernels.compiled.task import task_at
 
@@ -16,23 +16,24 @@ def of_planes(element, number):
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
-        shape = (task.rows, task.channels, task.length)
+        shape = (task.rows * task.channels, task.length)
         x, grad = array_at(task.x, shape, element), array_at(task.grad, shape, element)
         grad_x = array_at(task.grad_x, shape, element)
         behind_relu = array_at(task.behind_relu, shape, element)
-        mask = array_at(task.mask, (*shape[:2], (task.length + 7) // 8), np.uint8)
+        mask = array_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
         partials = array_at(task.partials, (task.slabs, 7, task.channels), np.float64)
         coefficients = array_at(task.coefficients, (6, task.channels), number)
+        work = array_at(task.work, (team, *planes.WORK), number)[thread]
         channels, slabs = (0, task.channels), (0, task.slabs)
-        begin, end = planes.share_of_pieces(x, 0, 1)
+        begin, end = planes.share_of_pieces(x, task.channels, 0, 1)
         if task.by_slab:
             slabs = share(task.slabs, thread, team)
-            begin, end = planes.share_of_pieces(x, thread, team)
+            begin, end = planes.share_of_pieces(x, task.channels, thread, team)
         else:
             channels = share(task.channels, thread, team)
-        group = group_size(task)
+        group = planes.group_size(x) if task.collect and task.apply else max(1, task.channels)
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if task.prepare:
@@ -40,8 +41,9 @@ def of_planes(element, number):
             if task.collect:
                 for slab in range(slabs[0], slabs[1]):
                     planes.grad_sums(
-                        task, grad, x, mask, behind_relu, partials, coefficients, first, last, slab
-                    )
+                        task, grad, x, mask, behind_relu, partials, coefficients, work,
+                        first, last, slab,
+                    )  # fmt: skip
             if task.merge:
                 merge_grads_of(task, partials, coefficients, first, last)
             if task.apply:

@@ -21,16 +21,14 @@ from batchnorm.kernels.compiled.statistics import (
     SHIFT,
     SQUARES,
 )
-from batchnorm.kernels.compiled.vectors import LANES, LINE, finish_streams, zeros
+from batchnorm.kernels.compiled.vectors import LANES, finish_streams, is_streamed, zeros
 
-# Elements of a block, which the L2 cache holds: it is gone through twice, once for the means of its
-# columns, once for the deviations from them. Also the most rows that are summed up in the precision
-# of the elements.
-BLOCK, ROWS = 65536, 512
-# Rows at least this wide are gone down several at a time, to load coefficients less often.
-FAR = 1024
-# Bytes of a matrix from which on results are written past the caches.
-STREAMED = 1 << 23
+# The most rows that are summed up in the precision of the elements.
+ROWS = 512
+# Rows that give a first idea of the means.
+FIRST = 8
+# Rows that are gone down at a time, to load coefficients less often.
+GROUP = 8
 
 
 @njit
@@ -39,26 +37,60 @@ def collect(x, partials, work, slab):
     if x.shape[1] < LANES:
         _collect(x, partials, work, slab, 1, number_like(x, 0))
     else:
-        _collect(x, partials, work, slab, LANES, zeros(x))
+        _collect(x, partials, work, slab, LANES, zeros(x, LANES))
 
 
 @njit
 def _collect(x, partials, work, slab, lanes, zero):
+    """Sums about a first idea of the means; about the means themselves if that lies far off."""
     first, last = _rows_of(slab, len(partials), x)
-    width, group = x.shape[1], _group(x)
-    step = min(ROWS, max(8, BLOCK // width))
-    partials[slab] = 0
-    for start in range(first, last, step):
-        stop = min(start + step, last)
-        work[0] = 0
-        for row in range(start, stop, group):
-            for left in range(0, width, lanes):
-                k = min(left, width - lanes)
-                stripes.add(x, row, min(row + group, stop), k, left - k, work, zero)
-        work[0] *= number_like(x, 1 / (stop - start))
+    partial = partials[slab]
+    partial[:] = 0
+    for start in range(first, last, ROWS):
+        stop = min(start + ROWS, last)
+        if start == first:
+            few = min(start + FIRST, stop)
+            work[0, :] = 0
+            _deviate(x, start, few, work, lanes, zero)
+            _move_centres(work, few - start)
+        else:
+            share = 1 / partial[COUNT, 0]
+            for k in range(x.shape[1]):
+                work[0, k] = partial[SHIFT, k] + partial[LINEAR, k] * share
+        _deviate(x, start, stop, work, lanes, zero)
+        if _is_far_off(x, work, stop - start):
+            _move_centres(work, stop - start)
+            _deviate(x, start, stop, work, lanes, zero)
+        _merge(partial, work, stop - start)
+
+
+@njit
+def _deviate(x, start, stop, work, lanes, zero):
+    """``work[1:] = `` sums of ``x - work[0]`` and of its square over some rows."""
+    width = x.shape[1]
+    work[1:, :] = 0
+    for row in range(start, stop, GROUP):
+        end = min(row + GROUP, stop)
         for left in range(0, width, lanes):
-            stripes.deviations(x, start, stop, min(left, width - lanes), work, zero)
-        _merge(partials[slab], work, stop - start)
+            k = min(left, width - lanes)
+            stripes.add_deviations(x, row, end, k, left - k, work, zero)
+
+
+@njit
+def _move_centres(work, count):
+    """Moves the centres to the means of ``count`` rows whose sums are known."""
+    for k in range(work.shape[1]):
+        work[0, k] += work[1, k] / count
+
+
+@njit
+def _is_far_off(x, work, count):
+    """Whether a mean lies more than a standard deviation off its centre: squares would cancel."""
+    for k in range(x.shape[1]):
+        linear, squares = float(work[1, k]), float(work[2, k])
+        if 2 * linear * linear > squares * count:
+            return True
+    return False
 
 
 @njit
@@ -96,19 +128,19 @@ def normalize(task, x, residual, y, mask, coefficients, slab, slabs):
     if x.shape[1] < LANES:
         _normalize(task, x, residual, y, mask, coefficients, slab, slabs, 1, number_like(x, 0))
     else:
-        _normalize(task, x, residual, y, mask, coefficients, slab, slabs, LANES, zeros(x))
+        _normalize(task, x, residual, y, mask, coefficients, slab, slabs, LANES, zeros(x, LANES))
 
 
 @njit
 def _normalize(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero):
     first, last = _rows_of(slab, slabs, x)
-    width, group = x.shape[1], _group(x)
+    width = x.shape[1]
     by_vector = _masked_by_vector(x)
-    streamed = _is_streamed(x, y)
+    streamed = is_streamed(x, y)
     options = task.residual != 0, task.relu != 0, task.mask != 0 and by_vector, streamed
-    for row in range(first, last, group):
+    for row in range(first, last, GROUP):
         for left in range(0, width, lanes):
-            k, stop = min(left, width - lanes), min(row + group, last)
+            k, stop = min(left, width - lanes), min(row + GROUP, last)
             stripes.normalize(x, residual, y, mask, coefficients, options, row, stop, k, zero)
     if task.mask and not by_vector:
         for row in range(first, last):
@@ -125,32 +157,29 @@ def grad_sums(task, grad, x, mask, behind_relu, partials, work, coefficients, sl
         for row in range(first, last):
             rows.unpack(grad[row], mask[row], behind_relu[row])
         grad = behind_relu
-    arrays = grad, x, mask, behind_relu, coefficients
+    arrays = grad, x, mask, behind_relu
     if x.shape[1] < LANES:
-        _grad_sums(task, arrays, partials, work, slab, 1, number_like(x, 0))
+        _grad_sums(task, arrays, coefficients, partials, work, slab, 1, number_like(x, 0))
     else:
-        _grad_sums(task, arrays, partials, work, slab, LANES, zeros(x))
+        _grad_sums(task, arrays, coefficients, partials, work, slab, LANES, zeros(x, LANES))
 
 
 @njit
-def _grad_sums(task, arrays, partials, work, slab, lanes, zero):
-    grad, x, mask, behind_relu, coefficients = arrays
+def _grad_sums(task, arrays, coefficients, partials, work, slab, lanes, zero):
+    _, x, _, behind_relu = arrays
     first, last = _rows_of(slab, len(partials), x)
-    width, group, partial = x.shape[1], _group(x), partials[slab]
+    width, partial = x.shape[1], partials[slab]
     gated, has_mask = task.relu != 0 and task.mask == 0, task.mask != 0 and _masked_by_vector(x)
-    streamed = has_mask and _is_streamed(x, behind_relu)
+    streamed = has_mask and is_streamed(x, behind_relu)
     options = gated, has_mask, streamed
     partial[:] = 0
     for start in range(first, last, ROWS):
         stop = min(start + ROWS, last)
         work[:] = 0
-        for row in range(start, stop, group):
+        for row in range(start, stop, GROUP):
             for left in range(0, width, lanes):
-                k, end = min(left, width - lanes), min(row + group, stop)
-                stripes.add_grads(
-                    grad, x, mask, behind_relu, coefficients, options,
-                    row, end, k, left - k, work, zero,
-                )  # fmt: skip
+                k, end = min(left, width - lanes), min(row + GROUP, stop)
+                stripes.add_grads(arrays, coefficients, options, row, end, k, left - k, work, zero)
         for k in range(width):
             partial[PLAIN, k] += work[0, k]
             partial[PRODUCT, k] += work[1, k]
@@ -173,18 +202,18 @@ def grad_input(task, grad, x, result, coefficients, slab, slabs):
     if x.shape[1] < LANES:
         _grad_input(task, grad, x, result, coefficients, slab, slabs, 1, number_like(x, 0))
     else:
-        _grad_input(task, grad, x, result, coefficients, slab, slabs, LANES, zeros(x))
+        _grad_input(task, grad, x, result, coefficients, slab, slabs, LANES, zeros(x, LANES))
 
 
 @njit
 def _grad_input(task, grad, x, result, coefficients, slab, slabs, lanes, zero):
     first, last = _rows_of(slab, slabs, x)
-    width, group = x.shape[1], _group(x)
-    streamed = _is_streamed(x, result)
+    width = x.shape[1]
+    streamed = is_streamed(x, result)
     options = task.fixed != 0, task.relu != 0 and task.mask == 0, streamed
-    for row in range(first, last, group):
+    for row in range(first, last, GROUP):
         for left in range(0, width, lanes):
-            k, stop = min(left, width - lanes), min(row + group, last)
+            k, stop = min(left, width - lanes), min(row + GROUP, last)
             stripes.grad_input(grad, x, result, coefficients, options, row, stop, k, zero)
     if streamed:
         finish_streams()
@@ -196,19 +225,6 @@ def _rows_of(slab, slabs, x):
 
 
 @njit
-def _group(x):
-    """How many rows are gone down at a time: one, if only that keeps memory reads in order."""
-    return 1 if x.nbytes >= STREAMED and LANES < x.shape[1] < FAR else 4
-
-
-@njit
 def _masked_by_vector(x):
     """Whether every stripe begins at a byte of the mask."""
     return x.shape[1] >= LANES and x.shape[1] % 8 == 0
-
-
-@njit
-def _is_streamed(x, result):
-    """Whether ``result`` is worth it and fit for it: each stripe begins at a line of the cache."""
-    aligned = result.ctypes.data % LINE == 0 and result.strides[0] % LINE == 0
-    return x.nbytes >= STREAMED and x.shape[1] >= LANES and aligned

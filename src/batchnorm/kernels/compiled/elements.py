@@ -15,9 +15,16 @@ import ctypes
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import (
+    intrinsic,
+    lower_builtin,
+    overload,
+    register_jitable,
+    type_callable,
+)
+from numba.np.arrayobj import populate_array
 
 NAN = np.uint32(0x7FC0)
 HALF = np.uint32(0x7FFF)
@@ -59,16 +66,6 @@ def _half_of_float32(context, value):
     return types.int16(types.float32), code
 
 
-@intrinsic
-def _pointer(context, address, dtype):
-    element = dtype.dtype
-
-    def code(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(element)))
-
-    return types.CPointer(element)(address, dtype), code
-
-
 def array_at(address, shape, dtype):
     """The array of ``shape`` and ``dtype`` that begins at ``address``."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -76,9 +73,25 @@ def array_at(address, shape, dtype):
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-@overload(array_at)
-def _array_at(address, shape, dtype):
-    return lambda address, shape, dtype: carray(_pointer(address, dtype), shape)
+@type_callable(array_at)
+def _type_of_array(context):
+    return lambda address, shape, dtype: types.Array(dtype.dtype, len(shape), "C")
+
+
+@lower_builtin(array_at, types.Integer, types.UniTuple, types.Any)
+def _make_array(context, builder, signature, args):
+    """A view of memory that nobody counts references to: such kernels may not."""
+    address, shape, _ = args
+    array = context.make_array(signature.return_type)(context, builder)
+    shape = cgutils.unpack_tuple(builder, shape)
+    itemsize = context.get_abi_sizeof(context.get_data_type(signature.return_type.dtype))
+    itemsize = context.get_constant(types.intp, itemsize)
+    strides = [itemsize]
+    for extent in reversed(shape[1:]):
+        strides.insert(0, builder.mul(strides[0], extent))
+    data = builder.inttoptr(address, array.data.type)
+    populate_array(array, data, shape, strides, itemsize, None)
+    return array._getvalue()
 
 
 def widen(element):
@@ -147,42 +160,3 @@ def _number_like(array, value):
     if array.dtype == types.float64:
         return lambda array, value: np.float64(value)
     return lambda array, value: np.float32(value)
-
-
-@intrinsic
-def _prefetch(context, array, index):
-    def code(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        builder.call(function, [address, flag(0), flag(2), flag(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, index), code
-
-
-def fetch(row):
-    """Asks for a row to be brought into the L2 cache, and does not wait for it."""
-
-
-@overload(fetch)
-def _fetch(row):
-    step = 64 * 8 // row.dtype.bitwidth
-
-    def loop(row):
-        for j in range(0, row.size, step):
-            _prefetch(row, j)
-
-    return loop
-
-
-@njit
-def minus(a, b):
-    """``a - b``, which a sum around it must not take apart.
-
-    Sums may be reordered by the compiler. This difference may not: near a large mean it is exact,
-    and everything rests on that.
-    """
-    return a - b

@@ -10,9 +10,6 @@ from batchnorm.kernels.compiled.elements import array_at
 from batchnorm.kernels.compiled.merging import merge_moments, prepare
 from batchnorm.kernels.compiled.task import task_at
 
-# Elements of the group of channels that stays in the L2 cache.
-GROUP = 131072
-
 
 @njit
 def share(whole, thread, team):
@@ -20,42 +17,37 @@ def share(whole, thread, team):
     return whole * thread // team, whole * (thread + 1) // team
 
 
-@njit
-def group_size(task):
-    """How many channels a thread works on at a time: what is gone through twice stays cached."""
-    if task.collect and task.apply:
-        return max(1, GROUP // (task.rows * task.length))
-    return task.channels
-
-
 def of_planes(element, number):
     """The kernel for planes of ``element``, computed as ``number``."""
 
     def forward(pointer, thread, team):
         task = task_at(pointer)
-        shape = (task.rows, task.channels, task.length)
+        samples = (task.rows, task.channels, task.length)
+        shape = (task.rows * task.channels, task.length)
         x, y = array_at(task.x, shape, element), array_at(task.y, shape, element)
         residual = array_at(task.residual, shape, element)
-        mask = array_at(task.mask, (*shape[:2], (task.length + 7) // 8), np.uint8)
+        mask = array_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
         partials = array_at(task.partials, (task.slabs, 7, task.channels), np.float64)
         coefficients = array_at(task.coefficients, (6, task.channels), number)
+        work = array_at(task.work, (team, *planes.WORK), number)[thread]
         channels, slabs = (0, task.channels), (0, task.slabs)
-        begin, end = planes.share_of_pieces(x, 0, 1)
+        begin, end = planes.share_of_pieces(x, task.channels, 0, 1)
         if task.by_slab:
             slabs = share(task.slabs, thread, team)
-            begin, end = planes.share_of_pieces(x, thread, team)
+            begin, end = planes.share_of_pieces(x, task.channels, thread, team)
         else:
             channels = share(task.channels, thread, team)
-        group = group_size(task)
+        group = planes.group_size(x) if task.collect and task.apply else max(1, task.channels)
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if task.collect:
                 for slab in range(slabs[0], slabs[1]):
-                    planes.collect(x, partials, first, last, slab)
+                    planes.collect(x, task.channels, partials, work, first, last, slab)
             if task.merge:
-                merge_moments(task, x, partials, first, last)
+                of_channels = array_at(task.x, samples, element)
+                merge_moments(task, of_channels, partials, first, last)
             if task.prepare:
                 prepare(task, coefficients, weight, bias, first, last)
             if task.apply:

@@ -10,12 +10,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from batchnorm.kernels.compiled.vectors import LANES, WORD, Vector, element_at, lanes_of
+from batchnorm.kernels.compiled.vectors import WORD, Vector, element_at, lanes_of
 
 
 def beyond(skip, value, zero):
     """``value`` with its first ``skip`` numbers replaced by zero."""
-    return np.where(np.arange(LANES) < skip, zero, value) if skip else value
+    return np.where(np.arange(len(zero)) < skip, zero, value) if skip else value
 
 
 @overload(beyond)
@@ -28,10 +28,10 @@ def _beyond(skip, value, zero):
 @intrinsic
 def _beyond_vector(context, skip, value, zero):
     def code(context, builder, signature, args):
-        numbers = lanes_of(WORD)
+        numbers = lanes_of(value, WORD)
         lane = builder.insert_element(ir.Constant(numbers, None), args[0], WORD(0))
         skips = builder.shuffle_vector(lane, lane, ir.Constant(numbers, None))
-        places = ir.Constant(numbers, [WORD(lane) for lane in range(LANES)])
+        places = ir.Constant(numbers, [WORD(lane) for lane in range(value.lanes)])
         return builder.select(builder.icmp_signed("<", places, skips), args[2], args[1])
 
     return value(skip, value, zero), code
@@ -40,7 +40,7 @@ def _beyond_vector(context, skip, value, zero):
 def store_passes(mask, row, column, y, zero):
     """Writes one bit a number: whether ReLU lets it through. ``column`` is a multiple of eight."""
     passes = np.packbits(~(y <= zero), bitorder="little")
-    mask[row, column // 8 : column // 8 + LANES // 8] = passes
+    mask[row, column // 8 : column // 8 + len(y) // 8] = passes
 
 
 @overload(store_passes)
@@ -54,7 +54,7 @@ def _store_passes(mask, row, column, y, zero):
 def _store_bits(context, mask, row, byte, y, zero):
     def code(context, builder, signature, args):
         passes = builder.fcmp_unordered(">", args[3], args[4])
-        bits = builder.bitcast(passes, ir.IntType(LANES))
+        bits = builder.bitcast(passes, ir.IntType(y.lanes))
         place = element_at(context, builder, signature, args)
         builder.store(bits, builder.bitcast(place, bits.type.as_pointer()), align=1)
         return context.get_dummy_value()
@@ -64,7 +64,7 @@ def _store_bits(context, mask, row, byte, y, zero):
 
 def where_passed(mask, row, column, value, zero):
     """``value`` where `store_passes` has set the bit, else zero."""
-    bits = mask[row, column // 8 : column // 8 + LANES // 8]
+    bits = mask[row, column // 8 : column // 8 + len(value) // 8]
     return np.where(np.unpackbits(bits, bitorder="little"), value, zero)
 
 
@@ -80,10 +80,10 @@ def _where_passed(mask, row, column, value, zero):
 @intrinsic
 def _where_bits(context, mask, row, byte, value, zero):
     def code(context, builder, signature, args):
-        bits = ir.IntType(LANES)
+        bits = ir.IntType(value.lanes)
         place = element_at(context, builder, signature, args)
         loaded = builder.load(builder.bitcast(place, bits.as_pointer()), align=1)
-        passes = builder.bitcast(loaded, lanes_of(ir.IntType(1)))
+        passes = builder.bitcast(loaded, lanes_of(value, ir.IntType(1)))
         return builder.select(passes, args[3], args[4])
 
     return value(mask, row, byte, value, zero), code

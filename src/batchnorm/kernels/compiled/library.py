@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,8 +18,8 @@ from numba import cfunc, config, types
 from torch import Tensor
 
 from batchnorm.kernels import parallel
-from batchnorm.kernels.compiled import backwards, forwards
-from batchnorm.kernels.compiled.task import RECORD, Task
+from batchnorm.kernels.compiled import backwards, forwards, planes
+from batchnorm.kernels.compiled.task import LAYOUT, RECORD, Task
 from batchnorm.kernels.geometry import Geometry, geometry_of
 
 Pass = Literal["forward", "backward"]
@@ -38,10 +40,13 @@ MAKERS = {
 }
 # With fewer channels than this, a thread would often wait for the others.
 CHANNELS_A_THREAD = 4
+_WORK = math.prod(planes.WORK)
 # These are done by all threads, the others are short.
 SHARED = ("collect", "apply")
 
-_Prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+_Prototype = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t)
+# The machine code lives as long as this.
+_code: dict[Any, Any] = {}
 _kept = threading.local()
 
 
@@ -68,7 +73,15 @@ class Options(NamedTuple):
     relu: bool = False
     fixed: bool = False
     given: bool = False
+    narrow: bool = False
     eps: float = 0.0
+
+
+class _Kernel(NamedTuple):
+    """A compiled kernel: what calls it on this thread, and where its code lies."""
+
+    call: Callable[[bytes, int, int], None]
+    address: int | None
 
 
 def run(which: Pass, steps: tuple[str, ...], x: Tensor, tensors: Tensors, options: Options) -> None:
@@ -78,21 +91,18 @@ def run(which: Pass, steps: tuple[str, ...], x: Tensor, tensors: Tensors, option
     while it is in the cache. Else they share out slabs and rows, one step after the other.
     """
     geometry = geometry_of(x)
-    kernel, bound = _kernel_and_call(which, geometry.columns, x.dtype)
+    kernel = _kernel(which, geometry.columns, x.dtype)
     team = team_for(x)
-    task = _task(geometry, x, team, tensors, options)
+    addresses = _memory(geometry, x, team, tensors)
+    place = (*addresses, *geometry[1:], x.numel() // x.shape[1])
     if team == 1:
-        _set(task, steps)
-        if bound is None:
-            kernel(task, 0, 1)
-        else:
-            bound(ctypes.addressof(task), 0, 1)
+        kernel.call(LAYOUT.pack(*place, *_flags(steps), False, *options), 0, 1)
     elif "collect" in steps and shares_channels(geometry, team):
-        _call(kernel, task, steps, team)
+        _share(kernel, LAYOUT.pack(*place, *_flags(steps), False, *options), team)
     else:
-        task.by_slab = True
-        for step in steps:
-            _call(kernel, task, (step,), team if step in SHARED else 1)
+        for together in _parts(steps):
+            task = LAYOUT.pack(*place, *_flags(together), True, *options)
+            _share(kernel, task, team if together[0] in SHARED else 1)
 
 
 def team_for(x: Tensor) -> int:
@@ -105,46 +115,42 @@ def shares_channels(geometry: Geometry, team: int) -> bool:
     return not geometry.columns and geometry.channels >= CHANNELS_A_THREAD * team
 
 
-def _set(task: Task, steps: tuple[str, ...]) -> None:
-    task.prepare = "prepare" in steps
-    task.collect = "collect" in steps
-    task.merge = "merge" in steps
-    task.apply = "apply" in steps
+@cache
+def _flags(steps: tuple[str, ...]) -> tuple[bool, ...]:
+    return tuple(step in steps for step in ("prepare", "collect", "merge", "apply"))
 
 
-def _call(kernel: Any, task: Task, steps: tuple[str, ...], team: int) -> None:
-    _set(task, steps)
-    if config.DISABLE_JIT:
+@cache
+def _parts(steps: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Steps between which threads wait for each other: shared ones alone, others together."""
+    parts: list[tuple[str, ...]] = []
+    for step in steps:
+        if parts and step not in SHARED and parts[-1][-1] not in SHARED:
+            parts[-1] += (step,)
+        else:
+            parts.append((step,))
+    return parts
+
+
+def _share(kernel: _Kernel, task: bytes, team: int) -> None:
+    if kernel.address is None:
         for thread in range(team):
-            kernel(task, thread, team)
+            kernel.call(task, thread, team)
+    elif team == 1:
+        kernel.call(task, 0, 1)
     else:
-        parallel.run(kernel.address, ctypes.addressof(task), team)
+        memory = ctypes.create_string_buffer(task, len(task))
+        parallel.run(kernel.address, ctypes.addressof(memory), team)
 
 
-def _task(geometry: Geometry, x: Tensor, team: int, tensors: Tensors, options: Options) -> Task:
-    _, rows, channels, length, fold, repeat, slabs = geometry
-    columns = fold * channels * repeat
-    scratch = _scratch(8 * columns * (7 * slabs + 6 + 3 * team))
-    relu, fixed, given, eps = options
-    return Task(
-        x.data_ptr(),
-        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
-        scratch,
-        scratch + 8 * columns * 7 * slabs,
-        scratch + 8 * columns * (7 * slabs + 6),
-        rows,
-        channels,
-        length,
-        fold,
-        repeat,
-        slabs,
-        x.numel() // channels,
-        *(0, 0, 0, 0, 0),
-        relu,
-        fixed,
-        given,
-        eps,
-    )
+def _memory(geometry: Geometry, x: Tensor, team: int, tensors: Tensors) -> list[int]:
+    """Addresses in the order of `task.ADDRESSES`."""
+    columns, slabs = geometry.fold * geometry.channels * geometry.repeat, geometry.slabs
+    work = max(3 * columns, _WORK)
+    scratch = _scratch(8 * (columns * (7 * slabs + 6) + work * team))
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    coefficients = scratch + 8 * columns * 7 * slabs
+    return [x.data_ptr(), *addresses, scratch, coefficients, coefficients + 8 * columns * 6]
 
 
 def _scratch(size: int) -> int:
@@ -156,29 +162,29 @@ def _scratch(size: int) -> int:
 
 
 @cache
-def _kernel(which: Pass, columns: bool, dtype: torch.dtype) -> Any:
+def _kernel(which: Pass, columns: bool, dtype: torch.dtype) -> _Kernel:
     element = ELEMENTS[dtype]
     number = np.float64 if dtype == torch.float64 else np.float32
     function = MAKERS[which, columns](element, number)
     if config.DISABLE_JIT:
-        return function
+        return _Kernel(lambda task, *share: function(Task.from_buffer_copy(task), *share), None)
     family = "columns" if columns else "planes"
-    function.__qualname__ = f"{which}_{family}_{np.dtype(element).name}_{_fingerprint():08x}"
+    function.__qualname__ = f"{which}_{family}_{np.dtype(element).name}_{fingerprint():08x}"
+    address = compiled(function, SIGNATURE).address
+    return _Kernel(_Prototype(address), address)
+
+
+def compiled(function: Any, signature: Any) -> Any:
+    """The machine code, without a count of references to arrays: that fills the inner loops."""
     try:
-        return cfunc(SIGNATURE, cache=True)(function)
+        _code[function] = cfunc(signature, cache=True, _nrt=False)(function)
     except RuntimeError:  # No folder for the cache can be written.
-        return cfunc(SIGNATURE)(function)
+        _code[function] = cfunc(signature, _nrt=False)(function)
+    return _code[function]
 
 
 @cache
-def _kernel_and_call(which: Pass, columns: bool, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A kernel, and what calls it on this thread alone: None where it is not compiled."""
-    kernel = _kernel(which, columns, dtype)
-    return kernel, None if config.DISABLE_JIT else _Prototype(kernel.address)
-
-
-@cache
-def _fingerprint() -> int:
+def fingerprint() -> int:
     """A checksum of the loops and of the processor, which gives each kernel cache files of its own.
 
     Numba looks only at the file of the outermost function for changes. And two processes that

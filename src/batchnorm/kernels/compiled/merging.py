@@ -21,7 +21,8 @@ from batchnorm.kernels.compiled.statistics import (
 @njit
 def merge_moments(task, x, partials, first, last):
     """Mean and variance of some channels; ``x`` is (samples, channels, length)."""
-    mean, var = _vector(task.mean, task), _vector(task.var, task)
+    shape = (task.channels,)
+    mean, var = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
     for c in range(first, last):
         mean[c], var[c] = moments_of_channel(partials, c, task.channels, task.repeat)
         if is_suspicious(var[c]):
@@ -30,8 +31,9 @@ def merge_moments(task, x, partials, first, last):
 
 @njit
 def prepare(task, coefficients, weight, bias, first, last):
-    """Coefficients of `rows.normalize`, by a mean and a variance that are known."""
-    mean, var = _vector(task.mean, task), _vector(task.var, task)
+    """Coefficients of `maps.normalize`, by a mean and a variance that are known."""
+    shape = (task.channels,)
+    mean, var = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
     for c in range(first, last):
         gamma = float(weight[c]) if task.weight else 1.0
         beta = float(bias[c]) if task.bias else 0.0
@@ -41,19 +43,24 @@ def prepare(task, coefficients, weight, bias, first, last):
 
 @njit
 def merge_grads_of(task, partials, coefficients, first, last):
-    """Sums of the gradient of some channels, and the coefficients of `rows.grad_input`."""
-    mean, var = _vector(task.mean, task), _vector(task.var, task)
-    plain, product = _vector(task.sum_grad, task), _vector(task.sum_grad_x_hat, task)
+    """Sums of the gradient of some channels, and the coefficients of `maps.grad_input`."""
+    shape, narrow = (task.channels,), coefficients.dtype
+    mean, var = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
+    plains = array_at(task.sum_grad, shape, np.float64)
+    products = array_at(task.sum_grad_x_hat, shape, np.float64)
+    narrow_plains = array_at(task.sum_grad, shape, narrow)
+    narrow_products = array_at(task.sum_grad_x_hat, shape, narrow)
     for c in range(first, last):
         inv_std = 1 / math.sqrt(var[c] + task.eps)
-        if not task.given:
-            plain[c], product[c] = merge_grads(
+        if task.given:
+            plain, product = plains[c], products[c]
+        else:
+            plain, product = merge_grads(
                 partials, coefficients, c, task.channels, task.repeat, mean[c], inv_std
             )
-        means = plain[c] / task.count, product[c] / task.count
+            if task.narrow:
+                narrow_plains[c], narrow_products[c] = plain, product
+            else:
+                plains[c], products[c] = plain, product
+        means = plain / task.count, product / task.count
         set_grad_coefficients(coefficients, c, task.channels, task.repeat, mean[c], inv_std, means)
-
-
-@njit
-def _vector(address, task):
-    return array_at(address, (task.channels,), np.float64)

@@ -1,8 +1,7 @@
-"""Contiguous (N, C, L) with long rows: a channel is a stack of planes.
+"""Contiguous (N, C, L) with long rows, as a matrix of N * C rows: a channel is every C-th of them.
 
 Long rows are cut into pieces. The pieces of a channel are numbered through all samples; a slab is a
-run of them, and a slab is collected block by block, because each block is gone through twice while
-it is in the cache: once for the means, once for the deviations from them.
+run of them, and a slab is collected block by block.
 """
 
 from __future__ import annotations
@@ -10,84 +9,117 @@ from __future__ import annotations
 from numba import njit
 
 from batchnorm.kernels.compiled import rows
-from batchnorm.kernels.compiled.elements import fetch, number_like
-from batchnorm.kernels.compiled.gates import store_passes, where_passed
 from batchnorm.kernels.compiled.statistics import (
     CENTRE,
-    CENTRE_OF_BLOCK,
+    COUNT,
     INV_STD,
     LEVEL,
+    LINEAR,
     OFFSET,
     PLAIN,
     PRODUCT,
-    REST,
     SCALE,
-    SPREAD,
+    SHIFT,
     TILT,
     add_moments,
 )
-from batchnorm.kernels.compiled.vectors import LANES, load, store, zeros
+from batchnorm.kernels.compiled.vectors import (
+    FEW,
+    LANES,
+    finish_streams,
+    is_streamed,
+    load,
+    total,
+    zeros,
+)
 
 # A multiple of the lanes of a vector.
 PIECE = 16384
-# Elements of one channel that are summed about one centre: of the shape alone, like slabs.
-BLOCK = 65536
+# The most elements that each lane sums up in the precision of the elements.
+ROUNDS = 1024
+# Neighbouring channels are gone through together if their rows are short: so many at the most, so
+# many bytes of a sample.
+TOGETHER, RUN = 64, 16384
+# Where the centres begin in ``work``; before them are two rows of sums for each channel.
+CENTRES = 2 * TOGETHER
+WORK = (3 * TOGETHER, FEW)
 
 
 @njit
-def share_of_pieces(x, part, parts):
+def group_size(x):
+    """How many channels are gone through together."""
+    return min(TOGETHER, max(1, RUN // (x.shape[1] * x.itemsize)))
+
+
+@njit
+def share_of_pieces(x, channels, part, parts):
     """First and last piece of one of several equal parts."""
-    pieces = x.shape[0] * _cuts(x)
+    pieces = len(x) // channels * _cuts(x)
     return pieces * part // parts, pieces * (part + 1) // parts
 
 
 @njit
-def collect(x, partials, first, last, slab):
+def collect(x, channels, partials, work, first, last, slab):
     """Sums of one slab of the channels from ``first`` to ``last``."""
     partial = partials[slab]
     partial[:, first:last] = 0
-    begin, end = share_of_pieces(x, slab, len(partials))
-    step = max(1, BLOCK // min(PIECE, x.shape[2]))
-    for piece in range(begin, end, step):
-        _collect_block(x, partial, first, last, piece, min(piece + step, end))
+    begin, end = share_of_pieces(x, channels, slab, len(partials))
+    step, group = _pieces_of_block(x), group_size(x)
+    for start in range(first, last, group):
+        for piece in range(begin, end, step):
+            pieces = piece, min(piece + step, end)
+            _collect_block(x, channels, partial, work, start, min(start + group, last), pieces)
 
 
 @njit
-def _collect_block(x, partial, first, last, begin, end):
-    """Sums about the mean of the block's first piece, or its own mean if that lies far off."""
-    i, start, stop = _bounds(begin, x)
+def _collect_block(x, channels, partial, work, first, last, pieces):
+    """Sums about a first idea of the mean; about the block's own mean if that lies far off."""
+    count = _count(x, channels, pieces)
     for c in range(first, last):
-        partial[CENTRE_OF_BLOCK, c] = rows.total(x[i, c, start:stop]) / (stop - start)
-    _deviate(x, partial, first, last, begin, end)
-    count = _count(x, begin, end)
+        work[CENTRES + c - first, 0] = _guess(x, channels, partial, c, pieces[0])
+    _deviate(x, channels, work, first, first, last, pieces)
     for c in range(first, last):
-        offset = partial[REST, c] / count
-        if offset * offset * count > partial[SPREAD, c] - partial[REST, c] * offset:
-            partial[CENTRE_OF_BLOCK, c] += offset
-            _deviate(x, partial, c, c + 1, begin, end)
-        centre = number_like(x, partial[CENTRE_OF_BLOCK, c])
-        add_moments(partial, c, count, centre, partial[REST, c], partial[SPREAD, c])
+        k = c - first
+        linear, squares = rows.totals_of(work, k, zeros(x, FEW))
+        if 2 * linear * linear > squares * count:
+            work[CENTRES + k, 0] += linear / count
+            _deviate(x, channels, work, first, c, c + 1, pieces)
+            linear, squares = rows.totals_of(work, k, zeros(x, FEW))
+        add_moments(partial, c, count, work[CENTRES + k, 0], linear, squares)
 
 
 @njit
-def _deviate(x, partial, first, last, begin, end):
-    partial[REST, first:last] = 0
-    partial[SPREAD, first:last] = 0
+def _guess(x, channels, partial, c, piece):
+    """The mean so far, or that of a few elements at the beginning of a piece."""
+    if partial[COUNT, c] > 0:
+        return partial[SHIFT, c] + partial[LINEAR, c] / partial[COUNT, c]
+    r, start, _ = _bounds(piece, channels, c, x)
+    return total(load(x, r, min(start, x.shape[1] - FEW), zeros(x, FEW))) / FEW
+
+
+@njit
+def _deviate(x, channels, work, origin, first, last, pieces):
+    """Sums of ``x - centre`` and its square; ``work`` begins with channel ``origin``."""
+    vectors = zeros(x, LANES), zeros(x, FEW)
+    begin, end = pieces
+    work[2 * (first - origin) : 2 * (last - origin), :] = 0
     for piece in range(begin, end):
-        i, start, stop = _bounds(piece, x)
+        following = min(piece + 1, end - 1)
         for c in range(first, last):
-            centre = number_like(x, partial[CENTRE_OF_BLOCK, c])
-            rest, spread = rows.deviations(x[i, c, start:stop], centre)
-            partial[REST, c] += rest
-            partial[SPREAD, c] += spread
+            r, start, stop = _bounds(piece, channels, c, x)
+            ahead, ahead_start, _ = _bounds(following, channels, c, x)
+            centre = work[CENTRES + c - origin, 0]
+            rows.add_deviations(
+                x, r, start, stop, (ahead, ahead_start), centre, work, c - origin, vectors
+            )
 
 
 @njit
-def _count(x, begin, end):
+def _count(x, channels, pieces):
     """Elements of a channel in some pieces."""
     count = 0
-    for piece in range(begin, end):
-        _, start, stop = _bounds(piece, x)
+    for piece in range(pieces[0], pieces[1]):
+        _, start, stop = _bounds(piece, channels, 0, x)
         count += stop - start
     return count
 
@@ -95,96 +127,94 @@ def _count(x, begin, end):
 @njit
 def normalize(task, x, residual, y, mask, coefficients, first, last, begin, end):
     """``y`` of some pieces of some channels, the last pieces first: they are still cached."""
-    relu = task.relu != 0
+    streamed = is_streamed(x, y)
+    options = task.residual != 0, task.relu != 0, task.mask != 0, streamed
+    vectors = zeros(x, LANES), zeros(x, FEW)
     for piece in range(end - 1, begin - 1, -1):
-        i, start, stop = _bounds(piece, x)
         for c in range(first, last):
-            row, out = x[i, c, start:stop], y[i, c, start:stop]
-            if c + last - first < x.shape[1]:
-                fetch(x[i, c + last - first, start:stop])
-            centre, scale = coefficients[CENTRE, c], coefficients[SCALE, c]
-            offset = coefficients[OFFSET, c]
-            if task.residual:
-                rows.normalize(row, out, centre, scale, offset, residual[i, c, start:stop], relu)
-            else:
-                rows.normalize(row, out, centre, scale, offset, None, relu)
-            if task.mask:
-                _pack(y[i], mask[i], c, start, stop)
+            r, start, stop = _bounds(piece, task.channels, c, x)
+            numbers = coefficients[CENTRE, c], coefficients[SCALE, c], coefficients[OFFSET, c]
+            rows.normalize(
+                x, residual, y, mask, options, r, start, stop, numbers, r + last - first, vectors
+            )
+    if streamed:
+        finish_streams()
 
 
 @njit
-def grad_sums(task, grad, x, mask, behind_relu, partials, coefficients, first, last, slab):
+def grad_sums(task, grad, x, mask, behind_relu, partials, coefficients, work, first, last, slab):
     """Sums of the gradient behind the ReLU; a mask's gradient is written to ``behind_relu``."""
-    partial = partials[slab]
-    partial[:, first:last] = 0
-    begin, end = share_of_pieces(x, slab, len(partials))
-    for piece in range(begin, end):
-        i, start, stop = _bounds(piece, x)
+    begin, end = share_of_pieces(x, task.channels, slab, len(partials))
+    has_mask = task.mask != 0
+    streamed = has_mask and is_streamed(x, behind_relu)
+    options = task.relu != 0 and not has_mask, has_mask, streamed
+    arrays = grad, x, mask, behind_relu
+    step, group = _pieces_of_block(x), group_size(x)
+    partials[slab, : PRODUCT + 1, first:last] = 0
+    for start in range(first, last, group):
+        stop = min(start + group, last)
+        for piece in range(begin, end, step):
+            pieces = piece, min(piece + step, end)
+            _add_grads(arrays, options, task.channels, coefficients, work, start, stop, pieces)
+            for c in range(start, stop):
+                plain, product = rows.totals_of(work, c - start, zeros(x, FEW))
+                partials[slab, PLAIN, c] += plain
+                partials[slab, PRODUCT, c] += product
+    if streamed:
+        finish_streams()
+
+
+@njit
+def _add_grads(arrays, options, channels, coefficients, work, first, last, pieces):
+    x = arrays[1]
+    vectors = zeros(x, LANES), zeros(x, FEW)
+    work[: 2 * (last - first), :] = 0
+    for piece in range(pieces[0], pieces[1]):
         for c in range(first, last):
-            g, row = grad[i, c, start:stop], x[i, c, start:stop]
-            if task.mask:
-                _unpack(grad[i], mask[i], behind_relu[i], c, start, stop)
-                g = behind_relu[i, c, start:stop]
-            centre, inv_std = coefficients[CENTRE, c], coefficients[INV_STD, c]
-            scale, offset = coefficients[SCALE, c], coefficients[OFFSET, c]
-            if task.relu and not task.mask:
-                plain, product = rows.grad_sums(g, row, centre, inv_std, scale, offset)
-            else:
-                plain, product = rows.grad_sums(g, row, centre, inv_std, scale, None)
-            partial[PLAIN, c] += plain
-            partial[PRODUCT, c] += product
+            r, start, stop = _bounds(piece, channels, c, x)
+            numbers = (
+                coefficients[CENTRE, c], coefficients[INV_STD, c],
+                coefficients[SCALE, c], coefficients[OFFSET, c],
+            )  # fmt: skip
+            rows.add_grads(arrays, options, r, start, stop, numbers, work, c - first, vectors)
 
 
 @njit
 def grad_input(task, grad, x, result, coefficients, first, last, begin, end):
     """Gradient of the input, the last pieces first. With a mask, ``grad`` lies behind the ReLU."""
-    gated = task.relu and not task.mask
+    streamed = is_streamed(x, result)
+    options = task.fixed != 0, task.relu != 0 and task.mask == 0, streamed
+    vectors = zeros(x, LANES), zeros(x, FEW)
     for piece in range(end - 1, begin - 1, -1):
-        i, start, stop = _bounds(piece, x)
         for c in range(first, last):
-            g, row, out = grad[i, c, start:stop], x[i, c, start:stop], result[i, c, start:stop]
-            if c + last - first < x.shape[1]:
-                fetch(x[i, c + last - first, start:stop])
-                fetch(grad[i, c + last - first, start:stop])
-            centre, inv_std = coefficients[CENTRE, c], coefficients[INV_STD, c]
-            scale, offset = coefficients[SCALE, c], coefficients[OFFSET, c]
-            tilt, level = coefficients[TILT, c], coefficients[LEVEL, c]
-            if gated:
-                rows.grad_input(
-                    task.fixed, g, row, out, centre, inv_std, scale, tilt, level, offset
-                )
-            else:
-                rows.grad_input(task.fixed, g, row, out, centre, inv_std, scale, tilt, level, None)
+            r, start, stop = _bounds(piece, task.channels, c, x)
+            numbers = (
+                coefficients[CENTRE, c], coefficients[INV_STD, c], coefficients[SCALE, c],
+                coefficients[OFFSET, c], coefficients[TILT, c], coefficients[LEVEL, c],
+            )  # fmt: skip
+            rows.grad_input(
+                grad, x, result, options, r, start, stop, numbers, r + last - first, vectors
+            )
+    if streamed:
+        finish_streams()
 
 
 @njit
-def _pack(y, mask, c, start, stop):
-    """The bits of a piece of channel ``c``, in vectors as far as they reach."""
-    zero = zeros(y)
-    end = stop - (stop - start) % LANES
-    for j in range(start, end, LANES):
-        store_passes(mask, c, j, load(y, c, j, zero), zero)
-    rows.pack(y[c, end:stop], mask[c, end // 8 : (stop + 7) // 8])
-
-
-@njit
-def _unpack(grad, mask, behind_relu, c, start, stop):
-    """The gradient behind the ReLU, in a piece of channel ``c``."""
-    zero = zeros(grad)
-    end = stop - (stop - start) % LANES
-    for j in range(start, end, LANES):
-        store(behind_relu, c, j, where_passed(mask, c, j, load(grad, c, j, zero), zero))
-    bits = mask[c, end // 8 : (stop + 7) // 8]
-    rows.unpack(grad[c, end:stop], bits, behind_relu[c, end:stop])
+def _pieces_of_block(x):
+    lanes = LANES if x.shape[1] >= LANES else FEW
+    return max(1, ROUNDS * lanes // min(PIECE, x.shape[1]))
 
 
 @njit
 def _cuts(x):
-    return (x.shape[2] + PIECE - 1) // PIECE
+    return (x.shape[1] + PIECE - 1) // PIECE
 
 
 @njit
-def _bounds(piece, x):
+def _bounds(piece, channels, c, x):
+    """Row, first and last element of a piece of channel ``c``."""
+    if x.shape[1] <= PIECE:
+        return piece * channels + c, 0, x.shape[1]
     cuts = _cuts(x)
     start = piece % cuts * PIECE
-    return piece // cuts, start, min(start + PIECE, x.shape[2])
+    return piece // cuts * channels + c, start, min(start + PIECE, x.shape[1])

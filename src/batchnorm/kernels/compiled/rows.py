@@ -1,118 +1,156 @@
-"""One run of contiguous elements: what the kernels do with a row that lies in the L1 cache.
+"""A row of one channel, from one vector to the next.
 
-``centre``, ``scale`` and the other coefficients are numbers where the whole row belongs to one
-channel, and arrays of one number an element where it runs across channels.
-
-No product is fused with a sum in `normalize` and in `_behind_relu`: both must compute the same
-``y`` to the last bit, or the gradient of ReLU would pass where the output was cut.
+The two sums of a channel are kept in two rows of ``work``, as `FEW` numbers each. A row is gone
+through by `LANES`, what is left by `FEW`. The last few begin further left where they would stand
+out on the right, so some elements may be done twice, with the same result. A row has at least
+`FEW` elements, but may be called for from anywhere in it.
 """
 
 from __future__ import annotations
 
 from numba import njit
 
-from batchnorm.kernels.compiled.elements import at, minus, narrow, number_like, widen
-
-REORDERED = {"reassoc", "nsz", "contract"}
-
-
-@njit(fastmath=REORDERED)
-def total(x):
-    """Sum of a row."""
-    result = number_like(x, 0)
-    for j in range(x.size):
-        result += widen(x[j])
-    return result
-
-
-@njit(fastmath=REORDERED)
-def deviations(x, centre):
-    """Sums of ``x - centre`` and of its square."""
-    linear, squares = number_like(x, 0), number_like(x, 0)
-    for j in range(x.size):
-        d = minus(widen(x[j]), centre)
-        linear += d
-        squares += d * d
-    return linear, squares
+from batchnorm.kernels.compiled import maps
+from batchnorm.kernels.compiled.elements import number_like, widen
+from batchnorm.kernels.compiled.vectors import (
+    FEW,
+    LANES,
+    filled,
+    folded,
+    load,
+    prefetch,
+    store,
+    total,
+)
 
 
-@njit
-def normalize(x, y, centre, scale, shift, residual, relu):
-    """``y = (x - centre) * scale + shift + residual``, then ReLU, which lets NaN through."""
-    zero = number_like(x, 0)
-    for j in range(x.size):
-        value = minus(widen(x[j]), at(centre, j)) * at(scale, j) + at(shift, j)
-        if residual is not None:
-            value += widen(residual[j])
-        if relu and value <= zero:
-            value = zero
-        y[j] = narrow(value, y)
+@njit(forceinline=True)
+def add_deviations(x, r, start, stop, ahead, centre, work, k, zeros):
+    """Adds ``x - centre`` and its square to the sums of channel ``k`` in ``work``.
+
+    ``ahead`` is the row and the first element to be prefetched meanwhile.
+    """
+    wide, few = zeros
+    of_lanes, sums = (wide, wide), _sums_of(work, k, few)
+    end = stop - (stop - start) % LANES
+    for j in range(start, end, LANES):
+        prefetch(x, ahead[0], ahead[1] + j - start, wide)
+        of_lanes = maps.add_deviation(x, r, j, 0, filled(centre, wide), of_lanes, wide)
+    for j in range(end, stop, FEW):
+        prefetch(x, ahead[0], ahead[1] + j - start, few)
+        left = min(j, stop - FEW)
+        sums = maps.add_deviation(x, r, left, j - left, filled(centre, few), sums, few)
+    _keep(work, k, of_lanes, sums, few)
 
 
-@njit
-def _behind_relu(grad, element, row, centre, scale, offset, j):
-    """The gradient where ReLU let the output through, zero elsewhere."""
-    g = widen(grad)
-    if offset is not None:
-        y = narrow(minus(widen(element), centre) * scale + at(offset, j), row)
-        if widen(y) <= number_like(row, 0):
-            return number_like(row, 0)
-    return g
+@njit(forceinline=True)
+def _sums_of(work, k, few):
+    return load(work, 2 * k, 0, few), load(work, 2 * k + 1, 0, few)
+
+
+@njit(forceinline=True)
+def _keep(work, k, of_lanes, sums, few):
+    store(work, 2 * k, 0, sums[0] + folded(of_lanes[0], few))
+    store(work, 2 * k + 1, 0, sums[1] + folded(of_lanes[1], few))
+
+
+@njit(forceinline=True)
+def totals_of(work, k, few):
+    """The two sums of channel ``k`` in ``work``, in float64."""
+    first, second = _sums_of(work, k, few)
+    return total(first), total(second)
+
+
+@njit(forceinline=True)
+def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, zeros):
+    """`maps.normalize` of a part of a row, which begins at a byte of the mask."""
+    wide, few = zeros
+    end = stop - (stop - start) % LANES
+    for j in range(start, end, LANES):
+        prefetch(x, ahead, j, wide)
+        maps.normalize(x, residual, y, mask, options, r, j, _filled3(numbers, wide), wide)
+    has_residual, relu, has_mask, _ = options
+    whole = stop - (stop - end) % FEW if has_mask else stop
+    for j in range(end, whole, FEW):
+        k = min(j, stop - FEW)
+        maps.normalize(x, residual, y, mask, options, r, k, _filled3(numbers, few), few)
+    if whole < stop:
+        alone = has_residual, relu, False, False
+        for j in range(whole, stop):
+            maps.normalize(x, residual, y, mask, alone, r, j, numbers, number_like(x, 0))
+        pack(y[r, whole:stop], mask[r, whole // 8 : (stop + 7) // 8])
+
+
+@njit(forceinline=True)
+def add_grads(arrays, options, r, start, stop, numbers, work, k, zeros):
+    """`maps.add_grads` of a part of a row, to the sums of channel ``k`` in ``work``."""
+    wide, few = zeros
+    of_lanes, sums = (wide, wide), _sums_of(work, k, few)
+    end = stop - (stop - start) % LANES
+    for j in range(start, end, LANES):
+        of_lanes = maps.add_grads(arrays, options, r, j, 0, _filled4(numbers, wide), of_lanes, wide)
+    gated, has_mask, streamed = options
+    whole = stop - (stop - end) % FEW if has_mask else stop
+    of_few = _filled4(numbers, few)
+    for j in range(end, whole, FEW):
+        left = min(j, stop - FEW)
+        sums = maps.add_grads(arrays, options, r, left, j - left, of_few, sums, few)
+    if whole < stop:
+        grad, x, mask, behind_relu = arrays
+        bits = mask[r, whole // 8 : (stop + 7) // 8]
+        unpack(grad[r, whole:stop], bits, behind_relu[r, whole:stop])
+        rest, unmasked = (behind_relu, x, mask, behind_relu), (gated, False, streamed)
+        left = stop - FEW
+        sums = maps.add_grads(rest, unmasked, r, left, whole - left, of_few, sums, few)
+    _keep(work, k, of_lanes, sums, few)
+
+
+@njit(forceinline=True)
+def grad_input(grad, x, result, options, r, start, stop, numbers, ahead, zeros):
+    """`maps.grad_input` of a part of a row."""
+    wide, few = zeros
+    end = stop - (stop - start) % LANES
+    for j in range(start, end, LANES):
+        prefetch(x, ahead, j, wide)
+        prefetch(grad, ahead, j, wide)
+        maps.grad_input(grad, x, result, options, r, j, _filled6(numbers, wide), wide)
+    for j in range(end, stop, FEW):
+        k = min(j, stop - FEW)
+        maps.grad_input(grad, x, result, options, r, k, _filled6(numbers, few), few)
+
+
+@njit(forceinline=True)
+def _filled3(numbers, zero):
+    a, b, c = numbers
+    return filled(a, zero), filled(b, zero), filled(c, zero)
+
+
+@njit(forceinline=True)
+def _filled4(numbers, zero):
+    a, b, c, d = numbers
+    return filled(a, zero), filled(b, zero), filled(c, zero), filled(d, zero)
+
+
+@njit(forceinline=True)
+def _filled6(numbers, zero):
+    a, b, c, d, e, f = numbers
+    return (*_filled3((a, b, c), zero), *_filled3((d, e, f), zero))
 
 
 @njit
 def pack(y, bits):
     """One bit an element: whether ReLU let it through."""
     zero = number_like(y, 0)
-    whole = y.size // 8
-    for k in range(whole):
+    for k in range(bits.size):
         byte = 0
-        for j in range(8):
-            byte |= int(not widen(y[8 * k + j]) <= zero) << j
+        for j in range(8 * k, min(8 * k + 8, y.size)):
+            byte |= int(not widen(y[j]) <= zero) << (j - 8 * k)
         bits[k] = byte
-    if 8 * whole < y.size:
-        byte = 0
-        for j in range(y.size - 8 * whole):
-            byte |= int(not widen(y[8 * whole + j]) <= zero) << j
-        bits[whole] = byte
 
 
 @njit
 def unpack(grad, bits, behind):
     """``behind = grad`` where the bit is set, else zero."""
     zero = behind.dtype.type(0)
-    whole = grad.size // 8
-    for k in range(whole):
-        byte = bits[k]
-        for j in range(8):
-            behind[8 * k + j] = grad[8 * k + j] if (byte >> j) & 1 else zero
-    for j in range(8 * whole, grad.size):
-        behind[j] = grad[j] if (bits[whole] >> (j - 8 * whole)) & 1 else zero
-
-
-@njit(fastmath=REORDERED)
-def grad_sums(grad, x, centre, inv_std, scale, offset):
-    """Sums of the gradient and of its product with ``x_hat``; ``offset`` as in `grad_input`."""
-    plain, product = number_like(x, 0), number_like(x, 0)
-    for j in range(x.size):
-        g = _behind_relu(grad[j], x[j], x, centre, scale, offset, j)
-        plain += g
-        product += g * (minus(widen(x[j]), centre) * inv_std)
-    return plain, product
-
-
-@njit
-def grad_input(fixed, grad, x, result, centre, inv_std, scale, tilt, level, offset):
-    """``result = scale * grad + tilt * x_hat + level``, or ``scale * grad`` if ``fixed``.
-
-    ``offset`` is None unless ReLU's decision has to be found again from ``x``.
-    """
-    if fixed:
-        for j in range(x.size):
-            g = _behind_relu(grad[j], x[j], x, at(centre, j), at(scale, j), offset, j)
-            result[j] = narrow(at(scale, j) * g, result)
-    else:
-        for j in range(x.size):
-            g = _behind_relu(grad[j], x[j], x, at(centre, j), at(scale, j), offset, j)
-            x_hat = minus(widen(x[j]), at(centre, j)) * at(inv_std, j)
-            result[j] = narrow(at(scale, j) * g + at(tilt, j) * x_hat + at(level, j), result)
+    for j in range(grad.size):
+        behind[j] = grad[j] if (bits[j // 8] >> (j % 8)) & 1 else zero

@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, config, types
+from numba import config, types
 from torch import Tensor
 
+from batchnorm.kernels.compiled import library
 from batchnorm.kernels.compiled.elements import array_at
-from batchnorm.kernels.compiled.library import _fingerprint
 
 NUMBERS = {torch.float32: np.float32, torch.float64: np.float64}
-SIGNATURE = types.void(*[types.uintp] * 4, types.intp, types.float64, types.float64)
+SIGNATURE = types.float64(*[types.uintp] * 4, types.intp, types.float64, types.float64)
 _Prototype = ctypes.CFUNCTYPE(
-    None, *[ctypes.c_size_t] * 4, ctypes.c_ssize_t, ctypes.c_double, ctypes.c_double
+    ctypes.c_double, *[ctypes.c_size_t] * 4, ctypes.c_ssize_t, ctypes.c_double, ctypes.c_double
 )
-
-# The machine code lives as long as these.
-_compiled: dict[torch.dtype, Any] = {}
 
 
 def update(
@@ -31,8 +28,12 @@ def update(
     var: Tensor,
     count: object,
     weight: object,
-) -> bool:
-    """Moves contiguous buffers of one dtype towards float64 statistics; False if they are not."""
+) -> float | None:
+    """Moves contiguous buffers of one dtype towards float64 statistics.
+
+    Returns:
+        The largest variance, or None if the buffers are something else and nothing was done.
+    """
     dtype = running_mean.dtype
     if not (
         type(weight) is float
@@ -45,8 +46,8 @@ def update(
         and not running_mean.is_inference()
         and not running_var.is_inference()
     ):
-        return False
-    _kernel(dtype)(
+        return None
+    largest = _kernel(dtype)(
         running_mean.data_ptr(),
         running_var.data_ptr(),
         mean.data_ptr(),
@@ -56,7 +57,7 @@ def update(
         count / (count - 1),
     )
     torch.autograd.graph.increment_version((running_mean, running_var))
-    return True
+    return largest
 
 
 @cache
@@ -64,12 +65,8 @@ def _kernel(dtype: torch.dtype) -> Any:
     function = _of(NUMBERS[dtype])
     if config.DISABLE_JIT:
         return function
-    function.__qualname__ = f"move_{np.dtype(NUMBERS[dtype]).name}_{_fingerprint():08x}"
-    try:
-        _compiled[dtype] = cfunc(SIGNATURE, cache=True)(function)
-    except RuntimeError:  # No folder for the cache can be written.
-        _compiled[dtype] = cfunc(SIGNATURE)(function)
-    return _Prototype(_compiled[dtype].address)
+    function.__qualname__ = f"move_{np.dtype(NUMBERS[dtype]).name}_{library.fingerprint():08x}"
+    return _Prototype(library.compiled(function, SIGNATURE).address)
 
 
 def _of(number):
@@ -80,8 +77,12 @@ def _of(number):
         old_var = array_at(running_var, (channels,), number)
         new_mean = array_at(mean, (channels,), np.float64)
         new_var = array_at(var, (channels,), np.float64)
+        largest = 0.0
         for c in range(channels):
             old_mean[c] = (1 - weight) * float(old_mean[c]) + weight * new_mean[c]
             old_var[c] = (1 - weight) * float(old_var[c]) + weight * (new_var[c] * unbiased)
+            if new_var[c] > largest:
+                largest = new_var[c]
+        return largest
 
     return move
