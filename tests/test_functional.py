@@ -305,4 +305,18 @@ def test_moments_of_nothing(shape):
 def test_a_nan_channel_does_not_hide_a_huge_one():
     x = torch.tensor([[1e30, float("nan")], [-1e30, 1.0]])
     with pytest.warns(RuntimeWarning, match=r"^batch_norm: the variance of a channel is 1\.0e\+60"):
-        batch_norm(x, None, None, training=True)
+        batch_norm(x, torch.zeros(2), torch.ones(2), training=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_huge_variance_is_told_whoever_moves_the_buffers(dtype):
+    x = torch.tensor([[1e30], [-1e30]])
+    running = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
+    with pytest.warns(RuntimeWarning, match=r"^batch_norm: the variance of a channel is 1\.0e\+60"):
+        batch_norm(x, *running, training=True, momentum=torch.tensor(0.5))
+    assert running[1].isinf()
+
+
+def test_without_buffers_a_huge_variance_harms_nobody():
+    y = batch_norm(torch.tensor([[1e30], [-1e30]]), None, None, training=True)
+    torch.testing.assert_close(y, torch.tensor([[1.0], [-1.0]]))

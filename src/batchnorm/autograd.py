@@ -32,17 +32,25 @@ def forward(
     eps: float,
     relu: bool,
     kernels: str | None,
+    *,
+    plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`batchnorm.operators.forward`, differentiable in ``x, weight, bias, residual``."""
+    """`batchnorm.operators.forward`, differentiable in ``x, weight, bias, residual``.
+
+    ``plain`` is what `is_plain` says of all the tensors.
+    """
     arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels)
-    if is_transformed():
+    if not plain and is_transformed():
         dispatch.refuse(kernels, "it is inside a transform (torch.func, vmap or forward mode)")
         return by_formula(*arguments[:-1])
-    plain = is_plain(x, weight, bias, residual, fixed_mean, fixed_var)
-    if torch.is_grad_enabled():
-        return BatchNorm.apply(plain, *arguments)  # pyright: ignore[reportReturnType]
-    compute = operators.forward if plain else torch.ops.batchnorm.forward
-    return compute(*arguments)[:3]
+    if not torch.is_grad_enabled():
+        compute = operators.forward if plain else torch.ops.batchnorm.forward
+        return compute(*arguments)[:3]
+    if not plain:
+        return BatchNorm.apply(None, *arguments)  # pyright: ignore[reportReturnType]
+    statistics: list[Tensor] = []
+    y: Any = _apply(statistics, *arguments)
+    return y, *statistics  # pyright: ignore[reportReturnType]
 
 
 def by_formula(
@@ -78,14 +86,16 @@ def is_transformed() -> bool:
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether the operators' functions may be called without torch's dispatcher.
 
-    It costs more than a small kernel, and only has something to do where torch traces, where a mode
-    looks on, where a subclass of `torch.Tensor` wants a say, where a tensor only wraps others (as
-    in ``torch.autograd.grad(..., is_grads_batched=True)``), and away from the CPU.
+    It costs more than a small kernel, and only has something to do where torch traces or
+    transforms, where a mode looks on, where a subclass of `torch.Tensor` wants a say, where a
+    tensor only wraps others (as in ``torch.autograd.grad(..., is_grads_batched=True)``), and away
+    from the CPU.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
+        or is_transformed()
     ):
         return False
     for tensor in tensors:
@@ -107,7 +117,7 @@ class BatchNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plain: bool,
+        statistics: list[Tensor] | None,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -117,8 +127,13 @@ class BatchNorm(Function):
         eps: float,
         relu: bool,
         kernels: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keeps what backward needs: of the large tensors ``x``, and of ``y`` at most a mask."""
+    ) -> Any:
+        """Keeps what backward needs: of the large tensors ``x``, and of ``y`` at most a mask.
+
+        Of plain tensors, mean and variance go into the list ``statistics``: each output of a
+        `Function` costs as much as a small operation.
+        """
+        plain = statistics is not None
         compute = operators.forward if plain else torch.ops.batchnorm.forward
         y, mean, var, mask = compute(
             x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels
@@ -126,7 +141,6 @@ class BatchNorm(Function):
         masked = relu and residual is not None
         kept_bias = bias if relu and not masked else None
         ctx.save_for_backward(x, weight, kept_bias, mean, var, mask if masked else None)
-        ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.options = (eps, relu, fixed_mean is not None, kernels)
         ctx.plain, ctx.masked = plain, masked
@@ -134,6 +148,10 @@ class BatchNorm(Function):
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.has_residual = residual is not None
+        if statistics is not None:
+            statistics += (mean, var)
+            return y
+        ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
@@ -152,11 +170,22 @@ class BatchNorm(Function):
         return (
             None,
             grad_x,
-            None if ctx.weight_dtype is None else grad_weight.to(ctx.weight_dtype),
-            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+            _rounded(grad_weight, ctx.weight_dtype),
+            _rounded(grad_bias, ctx.bias_dtype),
             grad_residual,
             *(None,) * 5,
         )
+
+
+# What `torch.autograd.Function.apply` calls once it has looked for dead wrappers of transforms,
+# which plain tensors are not.
+_apply = super(Function, BatchNorm).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _rounded(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    if dtype is None or gradient.dtype == dtype:
+        return None if dtype is None else gradient
+    return gradient.to(dtype)
 
 
 def _gradients(
@@ -173,10 +202,11 @@ def _gradients(
     if mask is not None:
         x = _laid_out(x, channels_last=ctx.channels_last)
     arguments = (weight, bias, mean, var, mask, eps, relu, fixed)
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
-        plain = ctx.plain and is_plain(grad_output, x)
-        compute = operators.backward if plain else torch.ops.batchnorm.backward
-        return compute(grad_output, x, *arguments, kernels)
+    graded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not graded and ctx.plain and is_plain(grad_output, x):
+        return operators.backward(grad_output, x, *arguments, kernels)
+    if torch.compiler.is_compiling() or not (graded or is_transformed()):
+        return torch.ops.batchnorm.backward(grad_output, x, *arguments, kernels)
     if not fixed:
         batch = reference.moments(x)
         mean, var = batch.mean, batch.var

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm import autograd, validation
+from batchnorm import autograd, operators, validation
 from batchnorm.kernels import dispatch, reference
 from batchnorm.moments import Moments, empty, update_running
 
@@ -83,15 +83,22 @@ def batch_norm(
         validation.check_training(x, eps, momentum)
     fixed_mean, fixed_var = (None, None) if training else (running_mean, running_var)
     arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu")
-    if _prefers_plain_torch(kernels, training=training):
+    plain = autograd.is_plain(x, weight, bias, residual, running_mean, running_var)
+    if not plain and _prefers_plain_torch(kernels, training=training):
         y, mean, var = _in_plain_torch(*arguments)
     else:
-        y, mean, var = autograd.forward(*arguments, kernels)
+        y, mean, var = autograd.forward(*arguments, kernels, plain=plain)
     if training and running_mean is not None and running_var is not None:
         batch = Moments(x.numel() // x.shape[1], mean, var)
-        plain = not autograd.is_transformed() and autograd.is_plain(running_mean, running_var, mean)
-        if not (plain and dispatch.update_running(running_mean, running_var, batch, momentum)):
+        if not plain:
             _update_running(running_mean, running_var, batch, momentum)
+            return y
+        largest = dispatch.update_running(running_mean, running_var, batch, momentum)
+        if largest is None:
+            _update_running(running_mean, running_var, batch, momentum)
+            operators.warn_of_overflow(x, var)
+        elif x.dtype != torch.float64:
+            operators.warn_of_largest(largest)
     return y
 
 

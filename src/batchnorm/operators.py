@@ -57,7 +57,6 @@ def forward(
     if fixed_mean is None or fixed_var is None:
         y, batch, mask = stages.forward(x, weight, bias, eps, residual, relu=relu)
         mean, var = batch.mean, batch.var
-        _warn_of_overflow(x, var)
     else:
         mean = fixed_mean.to(statistics_dtype(x), copy=True)
         var = fixed_var.to(statistics_dtype(x), copy=True)
@@ -115,18 +114,19 @@ def _in_layout_of(like: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
-def _warn_of_overflow(x: Tensor, var: Tensor) -> None:
-    """A look at one number: NaN, which ``max`` prefers, is asked about once more."""
+def warn_of_overflow(x: Tensor, var: Tensor) -> None:
+    """Warns if float32 running statistics cannot hold a variance."""
     if x.dtype == torch.float64 or x.device.type != "cpu":
         return
-    if var.max().item() <= _LARGEST_FLOAT32:
-        return
-    largest = var.nan_to_num(nan=0, posinf=math.inf).max().item()
-    if largest > _LARGEST_FLOAT32:
+    warn_of_largest(var.nan_to_num(nan=0, posinf=math.inf).max().item())
+
+
+def warn_of_largest(var: float) -> None:
+    """The same, if the largest variance is known."""
+    if var > _LARGEST_FLOAT32:
         warnings.warn(
-            f"batch_norm: the variance of a channel is {largest:.1e}, more than "
-            "float32 can hold: the output is right, but a float32 running_var becomes inf; scale "
-            "the input down.",
+            f"batch_norm: the variance of a channel is {var:.1e}, more than float32 can hold: the "
+            "output is right, but a float32 running_var becomes inf; scale the input down.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -135,6 +135,9 @@ def _warn_of_overflow(x: Tensor, var: Tensor) -> None:
 def _operator_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward`; an operator cannot return None."""
     y, mean, var, mask = forward(x, *arguments)
+    fixed_mean = arguments[3]
+    if fixed_mean is None:
+        warn_of_overflow(x, var)
     return y, mean, var, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
@@ -143,6 +146,8 @@ def _operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`backward`; an operator cannot return None."""
     grad_x, grad_weight, grad_bias, grad_residual = backward(grad_output, *arguments)
+    mean = arguments[3]
+    grad_weight, grad_bias = grad_weight.to(mean.dtype), grad_bias.to(mean.dtype)
     if grad_residual is None:
         grad_residual = grad_output.new_empty(0)
     return grad_x, grad_weight, grad_bias, grad_residual

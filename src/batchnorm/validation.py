@@ -34,17 +34,17 @@ def check_activation(activation: str | None) -> None:
 
 def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
     """Raises if a vector does not hold one value a channel, on x's device."""
-    channels = x.shape[1] if x.dim() > 1 else 0
+    channels, on_cpu = x.shape[1] if x.dim() > 1 else 0, x.is_cpu
     for name, vector in vectors.items():
         if vector is None:
             continue
-        if vector.shape != (channels,):
+        if vector.dim() != 1 or vector.numel() != channels:
             raise RuntimeError(
                 f"{name} should contain {channels} elements, one a channel (dimension 1 of the "
                 f"input of shape {tuple(x.shape)}), got shape {tuple(vector.shape)}"
                 f"{_hint(x, vector)}."
             )
-        if vector.device != x.device:
+        if not (on_cpu and vector.is_cpu) and vector.device != x.device:
             raise RuntimeError(
                 f"{name} must be on the input's device {x.device}, got {vector.device}."
             )

@@ -20,6 +20,9 @@ SHORT = 32
 WIDE = 64
 
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 class Geometry(NamedTuple):
     """A tensor as planes (rows, channels, length), or as rows of fold * channels * repeat columns.
 
@@ -45,7 +48,11 @@ class Geometry(NamedTuple):
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of ``x`` lie next to each other, and nothing else between."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    if x.is_contiguous():
+        return False
+    if x.dim() in _LAST:
+        return x.is_contiguous(memory_format=_LAST[x.dim()])
+    return x.movedim(1, -1).is_contiguous()
 
 
 def geometry_of(x: Tensor) -> Geometry:
@@ -63,7 +70,7 @@ def _geometry(shape: tuple[int, ...], channels_last: bool) -> Geometry:
     rows, repeat = (n * length, 1) if channels_last else (n, length)
     fold = _fold(rows, channels * repeat)
     rows, width = rows // fold, fold * channels * repeat
-    slabs = min(64, max(16, 32768 // width), max(1, rows * width // 32768), rows)
+    slabs = min(64, max(16, 32768 // width), max(1, rows * width // 131072), rows)
     return Geometry(True, rows, channels, 1, fold, repeat, slabs)
 
 

@@ -60,8 +60,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             residual=residual,
             activation=self.activation,
         )
-        if tracks and self.num_batches_tracked is not None and input.numel() > 0:
-            count_batch(self.num_batches_tracked)
+        if tracks and input.numel() > 0:
+            counter = self.num_batches_tracked
+            if counter is not None:
+                count_batch(counter)
         return output
 
     def extra_repr(self) -> str:
@@ -70,6 +72,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return base if self.activation is None else f"{base}, activation={self.activation!r}"
 
     def _weight_of_this_batch(self) -> float | Tensor:
+        if self.momentum is not None:
+            return self.momentum
         return weight_of_new_batch(self.momentum, self.num_batches_tracked)
 
     def _check_input_dim(self, input: Tensor) -> None:
