@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
-from batchnorm.tools.watching import Read, Unproven, Watch, found_in
+from batchnorm.tools.surgery.assumptions import Read, Unproven, Watch, found_in
 
 
 @dataclass(frozen=True)

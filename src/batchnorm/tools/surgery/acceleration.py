@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from batchnorm.tools.fusion import FusedBlock, fuse
-from batchnorm.tools.replacement import LAYERS, WithActivation, put_back, replace
-from batchnorm.tools.verification import Differences, Snapshot, Verification
+from batchnorm.tools.surgery.fusion import FusedBlock, fuse
+from batchnorm.tools.surgery.replacement import LAYERS, WithActivation, put_back, replace
+from batchnorm.tools.surgery.verification import Differences, Snapshot, Verification
 
 _WIDTH = 80
 

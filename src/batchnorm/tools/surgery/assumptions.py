@@ -41,7 +41,7 @@ _TORCH_PYTHON = (
     *("torch.fx.", "torch.nn.functional.", "torch.functional.", "torch._tensor."),
     *("torch._jit_internal.", "torch.overrides."),
 )
-_OURS = {__name__, "batchnorm.tools.tracing"}
+_OURS = {__name__, "batchnorm.tools.surgery.tracing"}
 _READS_OF_CONTAINERS = {
     *("__iter__", "__len__", "__getitem__", "__contains__", "_get_abs_string_index"),
     *("keys", "values", "items"),

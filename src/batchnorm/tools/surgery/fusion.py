@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from batchnorm.tools.replacement import (
+from batchnorm.tools.surgery.assumptions import Unproven
+from batchnorm.tools.surgery.replacement import (
     LAYERS,
     Sum,
     derived,
@@ -28,8 +29,7 @@ from batchnorm.tools.replacement import (
     with_relu,
     with_residual,
 )
-from batchnorm.tools.tracing import Trace, module_at, trace
-from batchnorm.tools.watching import Unproven
+from batchnorm.tools.surgery.tracing import Trace, module_at, trace
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
