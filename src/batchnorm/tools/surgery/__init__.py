@@ -5,7 +5,7 @@
 
 from batchnorm.tools.surgery.acceleration import Acceleration, Restoration, accelerate, restore
 from batchnorm.tools.surgery.changes import Statistics, changed
-from batchnorm.tools.surgery.selection import Choice, batch_norms, keeps_statistics
+from batchnorm.tools.surgery.selection import Choice, batch_norms, is_held, keeps_statistics
 
 __all__ = [
     "Acceleration",
@@ -15,6 +15,7 @@ __all__ = [
     "accelerate",
     "batch_norms",
     "changed",
+    "is_held",
     "keeps_statistics",
     "restore",
 ]

@@ -46,6 +46,11 @@ def keeps_statistics(layer: _BatchNorm) -> bool:
     return layer.running_mean is not None and layer.running_var is not None
 
 
+def is_held(layer: _BatchNorm) -> bool:
+    """Whether the freezing tool holds the layer's statistics."""
+    return bool(vars(layer).get("_batchnorm_frozen", False))
+
+
 def _chosen(found: dict[str, _BatchNorm], layers: Choice, caller: str) -> dict[str, _BatchNorm]:
     if layers is None:
         return found
