@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from batchnorm import __version__
-from batchnorm.cli import experiment, measurement, walkthrough
+from batchnorm.cli import experiment, measurement, recalibration, walkthrough
 from batchnorm.cli.options import INTERRUPTED
 
 app = typer.Typer(
@@ -68,3 +68,4 @@ app.command()(walkthrough.explain)
 app.command()(experiment.train)
 app.command()(experiment.report)
 app.command()(measurement.bench)
+app.command()(recalibration.recalibrate)

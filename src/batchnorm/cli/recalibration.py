@@ -1,0 +1,236 @@
+"""``batchnorm recalibrate``: a user's checkpoint gets the statistics that a user's data have."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from batchnorm.allocation import keep_freed_memory
+from batchnorm.cli.options import INTERRUPTED, Json, Threads, one_sentence, print_json, say
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from batchnorm.tools.recalibration import Recalibration
+
+BATCH_SIZE = 64
+FILES = (".pt", ".pth", ".safetensors", ".npy")
+
+
+def recalibrate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .pt, .pth or .safetensors file with a state_dict.")
+    ],
+    model: Annotated[str, typer.Option(help="module:function that returns the model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="module:function that returns batches, or a .pt, .safetensors or .npy file with "
+            "a tensor of inputs."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="File for the result.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would change, write nothing.")
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs of a file a batch.", show_default=str(BATCH_SIZE)),
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Stop when statistics are this precise, relative to their scale."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Name or pattern of layers; may be repeated.")
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Layer by layer: a pass for each, and exact.")
+    ] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Give a model's batch norm layers the statistics that the data have.
+
+    Dropout is off, and layers that the factory freezes stay. The working folder can be imported
+    from. Everything else in the checkpoint is kept.
+    """
+    from batchnorm.cli import checkpoint as checkpoints
+
+    _check_files(checkpoint, out, force=force or dry_run)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    with one_sentence():
+        stored = checkpoints.read(checkpoint)
+    network = _network(model)
+    with one_sentence():
+        stored.load_into(network)
+    batches = _batches(data, batch_size, network)
+    with _progress() as progress:
+        result = _recalibrated(
+            network,
+            batches,
+            max_samples=max_samples,
+            tolerance=tolerance,
+            layers=layers or None,
+            sequential=sequential,
+            progress=progress,
+        )
+    target = None if dry_run else out
+    if target is not None:
+        with one_sentence():
+            stored.take_statistics(network, [change.name for change in result.layers])
+            stored.write(target)
+    _show(result, checkpoint, target, as_json=as_json)
+
+
+def _check_files(checkpoint: Path, out: Path | None, *, force: bool) -> None:
+    if out is None:
+        if not force:
+            raise TyperException("name a file for the result with --out, or use --dry-run")
+        return
+    if _format(out) != _format(checkpoint):
+        raise TyperException(
+            f"--out {out} must be of the same format as {checkpoint}, so that nothing in it is "
+            "lost; use the same ending"
+        )
+    if not out.parent.is_dir():
+        raise TyperException(f"--out: there is no folder {out.parent}")
+    if out.exists() and not force:
+        raise TyperException(f"--out {out} exists; --force replaces it")
+
+
+def _format(path: Path) -> str:
+    return ".pt" if path.suffix == ".pth" else path.suffix
+
+
+def _network(spec: str) -> nn.Module:
+    from torch import nn
+
+    from batchnorm.cli import user_code
+    from batchnorm.tools.surgery import batch_norms
+
+    network = user_code.returned("--model", spec)
+    if not isinstance(network, nn.Module):
+        raise TyperException(
+            f"--model {spec} must return a torch.nn.Module, got a {type(network).__name__}"
+        )
+    if network.training:
+        for layer in batch_norms(network, caller="recalibrate").values():
+            if not layer.training:
+                vars(layer)["_batchnorm_frozen"] = True  # Outlives the eval() of everything.
+    return network.eval()
+
+
+def _batches(spec: str, batch_size: int | None, network: nn.Module) -> Iterable[Any]:
+    from batchnorm.cli import user_code
+
+    if not spec.endswith(FILES):
+        if batch_size is not None:
+            raise TyperException(
+                f"--batch-size is for files of inputs; the batches of {spec} have their size"
+            )
+        return user_code.returned("--data", spec)
+    inputs = _inputs(Path(spec))
+    if inputs.dim() < 2:
+        raise TyperException(
+            f"{spec} must hold inputs of shape (N, ...), got shape {tuple(inputs.shape)}"
+        )
+    first = next(network.parameters(), inputs)
+    if inputs.is_floating_point() and first.is_floating_point():
+        inputs = inputs.to(first.dtype)
+    return inputs.split(batch_size or BATCH_SIZE)
+
+
+def _inputs(path: Path) -> Tensor:
+    import numpy as np
+    import torch
+
+    from batchnorm.cli import checkpoint as checkpoints
+
+    with one_sentence():
+        if path.suffix == ".npy":
+            try:
+                return torch.from_numpy(np.load(path, allow_pickle=False))
+            except (ValueError, TypeError, EOFError) as error:
+                raise checkpoints.CheckpointError(
+                    f"{path} holds no plain array of numbers: {error}."
+                ) from error
+        content, _ = checkpoints.read_tensors(path)
+    if isinstance(content, dict) and len(content) == 1:
+        (content,) = content.values()
+    if not isinstance(content, torch.Tensor):
+        raise TyperException(f"{path} must hold one tensor of inputs, got a {_described(content)}")
+    return content
+
+
+def _described(content: object) -> str:
+    kind = type(content).__name__
+    return f"{kind} of {len(content)}" if isinstance(content, (dict, list, tuple)) else kind
+
+
+def _recalibrated(network: nn.Module, batches: Iterable[Any], **options: Any) -> Recalibration:
+    try:
+        result = _call(network, batches, options)
+    except KeyboardInterrupt:
+        say("Interrupted; nothing is written.")
+        raise typer.Exit(INTERRUPTED) from None
+    if not result.layers:
+        reasons = [f"{name!r}: {reason}" for name, reason in result.left.items()]
+        reasons += [f"{name!r}: no batch reached it" for name in result.unreached]
+        raise TyperException(
+            "the model has no batch norm layer to recalibrate"
+            + (f" ({'; '.join(reasons[:3])})" if reasons else "")
+        )
+    return result
+
+
+def _call(network: nn.Module, batches: Iterable[Any], options: dict[str, Any]) -> Recalibration:
+    """Recalibrates; what goes wrong in code of the user's is said to be there."""
+    from batchnorm.cli import user_code
+    from batchnorm.tools.recalibration import recalibrate
+
+    with user_code.blamed("recalibrating failed with"):
+        try:
+            return recalibrate(network, batches, **options)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("recalibrate: "):
+                raise
+            raise TyperException(str(error).removeprefix("recalibrate: ")) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """A line on stderr that is told how many samples have passed."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} samples"), TimeElapsedColumn())
+    with Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda samples: bar.update(task, completed=samples)
+
+
+def _show(result: Recalibration, checkpoint: Path, out: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        written = None if out is None else str(out)
+        print_json({"schema": 1, "checkpoint": str(checkpoint), "out": written, **result.to_dict()})
+    else:
+        print(result)
+    say("Nothing is written: --dry-run." if out is None else f"Written: {out}")

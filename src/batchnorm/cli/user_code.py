@@ -1,0 +1,59 @@
+"""What a user names as ``module:function``, found, called, and blamed in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from typer.exceptions import TyperException
+
+
+def returned(option: str, spec: str) -> Any:
+    """Calls ``module:function`` without arguments; the working folder can be imported from.
+
+    Args:
+        option: Where the user named it, for messages.
+        spec: What the user wrote; the part after the colon may have dots.
+
+    Raises:
+        TyperException: There is no such function, or it fails.
+    """
+    module, separator, name = spec.partition(":")
+    if not (module and separator and name):
+        raise TyperException(f"{option} expects module:function, got {spec!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with blamed(f"{option} {spec}: importing {module} failed with"):
+        found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise TyperException(f"{option} {spec}: module {module} has no {name}")
+        found = getattr(found, part)
+    if not isinstance(found, Callable):
+        raise TyperException(f"{option} {spec}: {name} is a {type(found).__name__}, no function")
+    with blamed(f"{option} {spec}: calling it without arguments failed with"):
+        return found()
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Turns any error of somebody else's code into a sentence with the place where it happened.
+
+    Args:
+        what: The beginning of the sentence.
+    """
+    try:
+        yield
+    except TyperException:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split()).rstrip(".")
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}, line {last.lineno}"
+        text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        raise TyperException(f"{what} {text} ({place})") from error

@@ -1,0 +1,359 @@
+"""`batchnorm recalibrate` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from batchnorm import cli
+from batchnorm.cli.checkpoint import read
+from batchnorm.tools.recalibration import recalibrate
+from recalibration_cases import normal
+
+# typer demands the annotation typer.Context and hands over an object of another class.
+pytestmark = pytest.mark.untyped
+
+CODE = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+
+def frozen():
+    model = net()
+    model[1].eval()
+    return model
+
+def shared():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model.append(model[0])
+    return model
+
+def no_net(): return 5
+def no_norm(): return nn.Linear(3, 4)
+def fails(): raise KeyError("no such size")
+def half(): return net().half()
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 3, generator=generator)
+    return [(part, None) for part in x.split(20)]
+
+def once(): return iter(batches())
+def nothing(): return []
+def wrong_shape(): return [torch.zeros(4, 7)]
+def numbers(): return [1, 2]
+
+class Holder:
+    make = staticmethod(net)
+"""
+INPUTS = normal(90, 3)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder of a user, with a module, checkpoints and data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setattr("batchnorm.cli.recalibration.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(CODE)
+    (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
+    state = net().state_dict()
+    torch.save(state, "plain.pt")
+    save_file(state, "plain.safetensors", {"author": "somebody"})
+    torch.save(INPUTS, "inputs.pt")
+    save_file({"x": INPUTS}, "inputs.safetensors")
+    np.save("inputs.npy", INPUTS.double().numpy())
+    return tmp_path
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+
+
+def run(capsys, *arguments, model="mine:net", data="mine:batches"):
+    options = ["--model", model, "--data", data]
+    code = cli.run(["recalibrate", *map(str, arguments), *options])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def expected(**options):
+    model = net().eval()
+    recalibrate(model, INPUTS.split(20), **options)
+    return model.state_dict()
+
+
+def assert_same(state, other):
+    assert list(state) == list(other)
+    for name, value in other.items():
+        assert torch.equal(state[name], value), name
+        assert state[name].dtype == value.dtype
+
+
+# What is written.
+
+
+def test_a_state_dict_gets_the_statistics_of_the_data(folder, capsys):
+    before = (folder / "plain.pt").read_bytes()
+    code, out, err = run(capsys, "plain.pt", "--out", "new.pt")
+    assert (code, err) == (0, "Written: new.pt\n")
+    assert out.startswith("Recalibrated 2 layers on 90 samples in 5 batches and ")
+    assert max(map(len, out.splitlines())) <= 80
+    assert_same(torch.load("new.pt", weights_only=True), expected())
+    assert (folder / "plain.pt").read_bytes() == before
+
+
+def test_safetensors_stays_safetensors_with_its_metadata(folder, capsys):
+    assert run(capsys, "plain.safetensors", "--out", "new.safetensors")[0] == 0
+    new = load_file("new.safetensors")
+    assert_same(dict(sorted(new.items())), dict(sorted(expected().items())))
+    with safe_open("new.safetensors", "pt") as file:
+        assert file.metadata() == {"author": "somebody"}
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_everything_else_in_the_file_is_kept(folder, capsys, place, prefix):
+    state = {prefix + key: value for key, value in net().state_dict().items()}
+    rest = {"epoch": 7, "optimizer": {"lr": 0.1, "momentum": [torch.ones(2)]}, "note": "mine"}
+    torch.save({**rest, place: state}, "all.pth")
+    assert run(capsys, "all.pth", "--out", "new.pt")[0] == 0
+    new = torch.load("new.pt", weights_only=True)
+    assert_same({k.removeprefix(prefix): v for k, v in new.pop(place).items()}, expected())
+    assert torch.equal(new["optimizer"]["momentum"].pop(), torch.ones(2))
+    assert new == {"epoch": 7, "optimizer": {"lr": 0.1, "momentum": []}, "note": "mine"}
+
+
+def test_old_checkpoints_without_counters_stay_so(folder, capsys):
+    state = {k: v for k, v in net().state_dict().items() if "tracked" not in k}
+    torch.save(state, "old.pt")
+    assert run(capsys, "old.pt", "--out", "new.pt")[0] == 0
+    new = torch.load("new.pt", weights_only=True)
+    assert_same(new, {k: v for k, v in expected().items() if "tracked" not in k})
+
+
+def test_weights_keep_the_dtype_of_the_file(folder, capsys):
+    torch.save(net().bfloat16().state_dict(), "bf16.pt")
+    assert run(capsys, "bf16.pt", "--out", "new.pt")[0] == 0
+    old, new = (torch.load(name, weights_only=True) for name in ("bf16.pt", "new.pt"))
+    for name, value in new.items():
+        assert value.dtype == old[name].dtype
+        assert torch.equal(value, old[name]) == (not name.endswith(("mean", "var", "tracked")))
+
+
+def test_a_layer_under_two_names_changes_under_both(folder, capsys):
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model.append(model[0])
+    torch.save({k: v.clone() for k, v in model.state_dict().items()}, "shared.pt")
+    assert run(capsys, "shared.pt", "--out", "new.pt", model="mine:shared")[0] == 0
+    new = torch.load("new.pt", weights_only=True)
+    assert torch.equal(new["0.running_mean"], new["1.running_mean"])
+    assert new["0.running_mean"].abs().min() > 0
+
+
+def test_layers_that_the_factory_froze_stay(folder, capsys):
+    code, out, _ = run(capsys, "plain.pt", "--out", "new.pt", model="mine:frozen")
+    assert code == 0
+    assert "Left alone: 1: it is frozen." in out
+    new, old = torch.load("new.pt", weights_only=True), net().state_dict()
+    assert torch.equal(new["1.running_mean"], old["1.running_mean"])
+    assert not torch.equal(new["3.running_mean"], old["3.running_mean"])
+
+
+def test_a_factory_may_stand_in_a_class(folder, capsys):
+    assert run(capsys, "plain.pt", "--dry-run", model="mine:Holder.make")[0] == 0
+
+
+# Data and options.
+
+
+@pytest.mark.parametrize("data", ["inputs.pt", "inputs.safetensors", "inputs.npy"])
+def test_files_of_inputs(folder, capsys, data):
+    arguments = ["plain.pt", "--out", "new.pt", "--batch-size", "20", "--threads", "1"]
+    assert run(capsys, *arguments, data=data)[0] == 0
+    assert_same(torch.load("new.pt", weights_only=True), expected())
+
+
+def test_json_is_one_object(folder, capsys):
+    options = ["--json", "--max-samples", "40", "--layers", "3", "--layers", "1*", "--sequential"]
+    code, out, err = run(capsys, "plain.pt", "--out", "new.pt", *options)
+    assert (code, err) == (0, "Written: new.pt\n")
+    result = json.loads(out)
+    assert (result["schema"], result["checkpoint"], result["out"]) == (1, "plain.pt", "new.pt")
+    assert (result["samples"], result["stopped"], result["sequential"]) == (40, "max_samples", True)
+    assert [layer["name"] for layer in result["layers"]] == ["1", "3"]
+    assert_same(torch.load("new.pt", weights_only=True), expected(max_samples=40, sequential=True))
+
+
+def test_tolerance_is_passed_on(folder, capsys):
+    options = ["--json", "--dry-run", "--tolerance", "0.9", "--batch-size", "6"]
+    code, out, _ = run(capsys, "plain.pt", *options, data="inputs.pt")
+    assert code == 0
+    assert json.loads(out)["stopped"] == "tolerance"
+
+
+def test_dry_run_writes_nothing(folder, capsys):
+    before = sorted(path.name for path in folder.iterdir())
+    for arguments in (["--dry-run"], ["--dry-run", "--out", "new.pt"]):
+        code, out, err = run(capsys, "plain.pt", *arguments)
+        assert (code, err) == (0, "Nothing is written: --dry-run.\n")
+        assert "Recalibrated 2 layers" in out
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_force_replaces_a_file_even_the_checkpoint_itself(folder, capsys):
+    assert run(capsys, "plain.pt", "--out", "plain.pt", "--force")[0] == 0
+    assert_same(torch.load("plain.pt", weights_only=True), expected())
+
+
+# Wrong use.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "sentence"),
+    [
+        (["plain.pt"], {}, "name a file for the result with --out, or use --dry-run."),
+        (["plain.pt", "--out", "plain.pt"], {}, "--out plain.pt exists; --force replaces it."),
+        (["plain.pt", "--out", "a.safetensors"], {}, "must be of the same format as plain.pt, so"),
+        (["plain.pt", "--out", "no/a.pt"], {}, "--out: there is no folder no."),
+        (["gone.pt", "--dry-run"], {}, "No such file or directory: 'gone.pt'."),
+        (["gone.safetensors", "--dry-run"], {}, "No such file or directory: 'gone.safetensors'."),
+        (["mine.py", "--dry-run"], {}, "mine.py must end in .pt, .pth or .safetensors, which"),
+        (["junk.pt", "--dry-run"], {}, "junk.pt is damaged, or holds more than tensors"),
+        (["junk.safetensors", "--dry-run"], {}, "junk.safetensors cannot be read: SafetensorErr"),
+        (["code.pt", "--dry-run"], {}, "code.pt is damaged, or holds more than tensors and plain"),
+        (["inputs.pt", "--dry-run"], {}, "inputs.pt holds no state_dict, neither as a whole nor"),
+        (["few.pt", "--dry-run"], {}, "does not fit the model: it lacks 0.bias and 8 more; name"),
+        (["more.pt", "--dry-run"], {}, "it holds, beyond the model, extra; name the factory of"),
+        (["size.pt", "--dry-run"], {}, "does not fit the model: size mismatch for 0.weight: copy"),
+        (["big.pt", "--out", "new.pt"], {"data": "huge.pt"}, "is too large for torch.float16."),
+        (["plain.pt", "--dry-run"], {"model": "mine"}, "--model expects module:function, got 'mi"),
+        (["plain.pt", "--dry-run"], {"model": "gone:net"}, "importing gone failed with ModuleNot"),
+        (["plain.pt", "--dry-run"], {"model": "broken:net"}, "named 'nowhere_to_be_found' (broke"),
+        (["plain.pt", "--dry-run"], {"model": "mine:gone"}, "--model mine:gone: module mine has"),
+        (["plain.pt", "--dry-run"], {"model": "mine:CODE"}, "module mine has no CODE."),
+        (["plain.pt", "--dry-run"], {"model": "mine:__name__"}, "__name__ is a str, no function"),
+        (["plain.pt", "--dry-run"], {"model": "mine:fails"}, "failed with KeyError: 'no such siz"),
+        (["plain.pt", "--dry-run"], {"model": "mine:no_net"}, "a torch.nn.Module, got a int."),
+        (["norm.pt", "--dry-run"], {"model": "mine:no_norm"}, "has no batch norm layer to recalib"),
+        (["plain.pt", "--dry-run"], {"data": "mine:nothing"}, "batches gave no samples; the model"),
+        (["plain.pt", "--dry-run"], {"data": "mine:wrong_shape"}, "failed with RuntimeError: mat1"),
+        (
+            ["plain.pt", "--dry-run"],
+            {"data": "mine:numbers"},
+            "a batch must be a tensor, a dict of",
+        ),
+        (
+            ["plain.pt", "--dry-run"],
+            {"data": "mine:no_net"},
+            "must be several batches, got one int",
+        ),
+        (["plain.pt", "--dry-run", "--sequential"], {"data": "mine:once"}, "gives them only once"),
+        (["plain.pt", "--dry-run", "--batch-size", "3"], {}, "--batch-size is for files of inputs"),
+        (["plain.pt", "--dry-run"], {"data": "gone.npy"}, "No such file or directory: 'gone.npy'."),
+        (["plain.pt", "--dry-run"], {"data": "junk.npy"}, "junk.npy holds no plain array of numb"),
+        (["plain.pt", "--dry-run"], {"data": "words.npy"}, "words.npy holds no plain array of num"),
+        (["plain.pt", "--dry-run"], {"data": "plain.pt"}, "must hold one tensor of inputs, got a "),
+        (
+            ["plain.pt", "--dry-run"],
+            {"data": "scalar.npy"},
+            "must hold inputs of shape (N, ...), g",
+        ),
+        (["plain.pt", "--dry-run", "--layers", "9"], {}, "no batch norm layer fits '9'; the model"),
+        (["plain.pt", "--dry-run", "--tolerance", "2"], {}, "tolerance must be between 0 and 1, "),
+        (["plain.pt", "--dry-run", "--max-samples", "0"], {}, "Invalid value for '--max-samples'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(folder, capsys, arguments, named, sentence):
+    for name in ("junk.pt", "junk.npy", "junk.safetensors"):
+        (folder / name).write_bytes(b"nothing of use, but some bytes of it")
+    state = net().state_dict()
+    torch.save({"model": net()}, "code.pt")
+    torch.save({"0.weight": state["0.weight"]}, "few.pt")
+    torch.save({**state, "extra": torch.zeros(1)}, "more.pt")
+    torch.save({**state, "0.weight": torch.zeros(2, 2)}, "size.pt")
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, "big.pt")
+    torch.save(nn.Linear(3, 4).state_dict(), "norm.pt")
+    torch.save(1e6 * INPUTS, "huge.pt")
+    np.save("words.npy", np.array(["one", "two"]))
+    np.save("scalar.npy", np.array(3.0))
+    before = sorted(path.name for path in folder.iterdir())
+    code, out, err = run(capsys, *arguments, **named)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert err.startswith("batchnorm: ")
+    assert err.endswith(".\n")
+    assert err.count("\n") == 1
+    after = sorted(path.name for path in folder.iterdir() if path.name != "__pycache__")
+    assert after == before
+
+
+def test_safetensors_that_is_not_installed_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    code, _, err = run(capsys, "plain.safetensors", "--out", "new.safetensors")
+    assert code == 2
+    assert "need the package safetensors, which is not installed; install it with pip" in err
+    assert run(capsys, "plain.pt", "--dry-run")[0] == 0
+
+
+def test_a_write_that_fails_leaves_the_old_file(folder, capsys, monkeypatch):
+    before = (folder / "plain.pt").read_bytes()
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = run(capsys, "plain.pt", "--out", "plain.pt", "--force")
+    assert (code, err) == (2, "batchnorm: No space left on device.\n")
+    assert (folder / "plain.pt").read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_ctrl_c_is_no_traceback(folder, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batchnorm.tools.recalibration.recalibrate", interrupt)
+    code, out, err = run(capsys, "plain.pt", "--out", "new.pt")
+    assert (code, out, err) == (130, "", "Interrupted; nothing is written.\n")
+    assert not (folder / "new.pt").exists()
+
+
+def test_extra_state_is_kept(folder):
+    torch.save({**net().state_dict(), "0._extra_state": {"scale": 2}}, "extra.pt")
+    stored = read(folder / "extra.pt")
+    assert stored.state["0._extra_state"] == {"scale": 2}
+
+
+def test_help_is_fast_and_loads_no_torch(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("COVERAGE")]:
+        monkeypatch.delenv(name)
+    code = (
+        "import sys; from batchnorm import cli; cli.run(['recalibrate', '--help']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'safetensors', 'numpy')))"
+    )
+    seconds = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0, done.stderr
+    assert "--sequential" in done.stdout
+    assert min(seconds) < 0.3
