@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from batchnorm.experiments import norm_layers
 from batchnorm.experiments.models import LAYERS
-from batchnorm.moments import Moments
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -47,8 +46,8 @@ def pre_activations(model: nn.Sequential, images: Tensor) -> dict[str, list[floa
     return found
 
 
-def norm_state(model: nn.Module, population: dict[str, Moments]) -> list[dict[str, Any]]:
-    """γ, β, running and population statistics of each normalizing layer, a number a channel."""
+def norm_state(model: nn.Module) -> list[dict[str, Any]]:
+    """γ, β and running statistics of each normalizing layer, a number a channel."""
     layers = []
     for name, module in norm_layers.modules(model).items():
         layer = norm_layers.view(module)
@@ -59,8 +58,6 @@ def norm_state(model: nn.Module, population: dict[str, Moments]) -> list[dict[st
                 "beta": _numbers(layer.bias),
                 "running_mean": _numbers(layer.running_mean),
                 "running_var": _numbers(layer.running_var),
-                "population_mean": _numbers(population[name].mean),
-                "population_var": _numbers(population[name].var),
             }
         )
     return layers

@@ -1,4 +1,4 @@
-"""Population statistics: the exact moments of many images under the weights of this moment.
+"""Population statistics: the exact statistics of many images under the weights of this moment.
 
 Running statistics are an average over the last ten batches or so, each of which saw other weights.
 At a learning rate of 1.0 the weights move so fast that this average describes no network that ever
@@ -17,32 +17,42 @@ from torch import Tensor, nn
 from batchnorm import functional
 from batchnorm.experiments import norm_layers
 from batchnorm.moments import Moments, merge
+from batchnorm.scratch import BatchNorm
+from batchnorm.tools.recalibration import recalibrate
+
+
+def use_population(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Puts population statistics in the place of the running ones, as `recalibrate` does.
+
+    Layers of `batchnorm.scratch` get theirs here: they are no layers of torch's, and keep the
+    biased variance.
+
+    Args:
+        model: Any model whose layers are of `batchnorm` and ``torch.nn``, or all of
+            `batchnorm.scratch`.
+        batches: Inputs of the model, of any sizes.
+    """
+    scratch = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    if not scratch:
+        recalibrate(model, batches)
+        return
+    for name, moments in _moments(model, scratch, batches).items():
+        norm_layers.view(scratch[name]).set_statistics(moments)
 
 
 @torch.no_grad()
-def population_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Moments]:
-    """Moments of what each normalizing layer gets, over all batches together.
-
-    The batches pass in training mode: each layer normalizes by its batch's own statistics, as it
-    does while it learns, so what a layer gets does not depend on the running statistics of the
-    layers before it. The moments of the batches are merged exactly. The model is left as it was.
-
-    Args:
-        model: Any model with layers of `batchnorm`, `batchnorm.scratch` or ``torch.nn``.
-        batches: Inputs of the model, of any sizes.
-
-    Returns:
-        By layer name; empty for a model without such layers.
-    """
+def _moments(
+    model: nn.Module, layers: dict[str, BatchNorm], batches: Iterable[Tensor]
+) -> dict[str, Moments]:
+    """Moments of what the layers get while the batches pass in training mode."""
     moments: dict[str, Moments] = {}
 
     def collect(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         batch = functional.moments(inputs[0])
-        moments[name] = merge(moments[name], batch) if name in moments else merge(batch)
+        moments[name] = merge(moments[name], batch) if name in moments else batch
 
     handles = [
-        module.register_forward_pre_hook(partial(collect, name))
-        for name, module in norm_layers.modules(model).items()
+        layer.register_forward_pre_hook(partial(collect, name)) for name, layer in layers.items()
     ]
     try:
         with norm_layers.preserved_buffers(model):
@@ -53,9 +63,3 @@ def population_moments(model: nn.Module, batches: Iterable[Tensor]) -> dict[str,
         for handle in handles:
             handle.remove()
     return moments
-
-
-def use_statistics(model: nn.Module, moments: dict[str, Moments]) -> None:
-    """Makes the layers of ``model`` normalize by ``moments`` in evaluation."""
-    for name, module in norm_layers.modules(model).items():
-        norm_layers.view(module).set_statistics(moments[name])

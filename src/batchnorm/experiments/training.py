@@ -228,10 +228,12 @@ class Comparison:
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Accuracy of the same weights with running and with population statistics."""
         running = self._test_accuracy(model)
-        moments = population.population_moments(model, self._population_batches())
-        layers = observation.norm_state(model, moments)
+        layers = observation.norm_state(model)
         with preserved_buffers(model):
-            population.use_statistics(model, moments)
+            population.use_population(model, self._population_batches())
+            for layer, now in zip(layers, observation.norm_state(model), strict=True):
+                layer["population_mean"] = now["running_mean"]
+                layer["population_var"] = now["running_var"]
             accuracy = self._test_accuracy(model)
         record = {
             "epoch": epoch,
