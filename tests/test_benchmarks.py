@@ -169,3 +169,21 @@ def test_start_up_times_every_stage(tmp_path):
     stages = start_up.seconds(str(tmp_path))
     assert len(stages) == len(start_up.STAGES)
     assert min(stages) > 0
+
+
+def test_recalibration_is_measured_against_the_true_statistics(capsys, monkeypatch):
+    recalibration = script("recalibration")
+    monkeypatch.setattr(recalibration, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(recalibration, "SIZE", 32)
+    monkeypatch.setattr(recalibration, "SHARES", (0.5, 1.0))
+    recalibration.main(36, rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    tables = [lines.index(line) for line in lines if "update_bn" in line and "precise BN" in line]
+    assert lines[0].startswith("ResNet-18, 36 images of 32 x 32 in batches of 16, ")
+    last_rows = [line.split() for line in lines if line.startswith("3 ")]
+    assert len(tables) >= 2
+    assert len(last_rows) == 2
+    for _, ours, _, theirs, _, precise, _ in last_rows:
+        assert float(ours) < 1e-5
+        assert float(precise) == pytest.approx(1 / 36, rel=0.05)  # its variance is the biased one
+        assert float(theirs) > 0.05
