@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Held:
@@ -75,10 +74,11 @@ class Statistics:
     """The running statistics and counters of layers, as they were when this was made.
 
     Args:
-        layers: Whose; layers without running statistics have none to remember.
+        layers: Whose; layers without running statistics have none to remember. Of other modules,
+            their own buffers.
     """
 
-    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         buffers = [tensor for layer in layers for tensor in layer.buffers(recurse=False)]
         self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in buffers]
 

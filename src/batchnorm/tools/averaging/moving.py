@@ -1,0 +1,121 @@
+"""``ema_update``: a second model that follows the first one slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.moments import Moments, merge
+from batchnorm.tools.surgery import batch_norms, keeps_statistics
+
+Policy = Literal["copy", "average", "merge"]
+
+
+@torch.no_grad()
+def ema_update(
+    target: nn.Module, model: nn.Module, decay: float, statistics: Policy = "copy"
+) -> None:
+    r"""Moves a target towards a model: :math:`t' = d\,t + (1 - d)\,m` for every parameter.
+
+    For mean teachers, BYOL, target networks, and averaged weights for evaluation. Integer counters
+    and all buffers that are no running statistics are copied. Arithmetic is float32 at least, and
+    the result is rounded once, to the target's dtype. A step smaller than half a unit in the last
+    place is lost in that: with a decay of 0.999 the target should be float32.
+
+    Args:
+        target: Changed in place; any mode, any dtype and device.
+        model: Not changed; same names and shapes.
+        decay: Weight of the target's old value, in [0, 1]; 0 copies.
+        statistics: What becomes of the running statistics. ``"copy"`` takes the model's: they
+            already are an average over many batches, of activations under weights close to the
+            target's. ``"average"`` treats them like parameters: smoother, and for the variance too
+            small by what the means differ. ``"merge"`` takes them as moments of a share of
+            :math:`d` and of :math:`1 - d` of the data:
+            :math:`d\,v_t + (1 - d)\,v_m + d (1 - d) (\mu_m - \mu_t)^2`. Where none of them is exact
+            enough, recalibrate the target.
+
+    Raises:
+        ValueError: ``decay`` is not in [0, 1], the policy is unknown, or names or shapes differ.
+            Nothing has been changed then.
+
+    Source:
+        Tarvainen and Valpola (2017), "Mean teachers are better role models"; ``"copy"`` is what
+        ``torch.optim.swa_utils.AveragedModel`` does by default.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"ema_update: decay must be between 0 and 1, got {decay}.")
+    if statistics not in get_args(Policy):
+        raise ValueError(
+            f"ema_update: statistics must be one of {', '.join(get_args(Policy))}, "
+            f"got {statistics!r}."
+        )
+    targets, sources = _tensors(target), _tensors(model)
+    _check_alike(targets, sources)
+    parameters = {name for name, _ in target.named_parameters()}
+    pairs = [] if statistics == "copy" else list(_statistics(target, targets, sources))
+    for mean, var in pairs:
+        _move_statistics(mean, var, decay, between=statistics == "merge")
+    moved = {id(tensor) for pair in pairs for tensor, _ in pair}
+    for name, tensor in targets.items():
+        if name in parameters:
+            _move(tensor, sources[name], decay)
+        elif id(tensor) not in moved:
+            tensor.copy_(sources[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _check_alike(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    for name in [*targets, *sources]:
+        if name not in targets or name not in sources:
+            who = "target" if name not in targets else "model"
+            raise ValueError(f"ema_update: {name} is missing in the {who}; give two equal models.")
+        ours, theirs = tuple(targets[name].shape), tuple(sources[name].shape)
+        if ours != theirs:
+            raise ValueError(
+                f"ema_update: {name} has the shape {ours} in the target and {theirs} in the model; "
+                "give two equal models."
+            )
+
+
+_Pair = tuple[Tensor, Tensor]
+
+
+def _statistics(
+    target: nn.Module, targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]
+) -> Iterator[tuple[_Pair, _Pair]]:
+    """The target's and the model's running mean, and their running variance, of every layer."""
+    for name, layer in batch_norms(target, caller="ema_update").items():
+        if keeps_statistics(layer):
+            prefix = f"{name}." if name else ""
+            names = f"{prefix}running_mean", f"{prefix}running_var"
+            mean, var = ((targets[name], sources[name]) for name in names)
+            yield mean, var
+
+
+def _move(tensor: Tensor, source: Tensor, decay: float) -> None:
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    old, new = tensor.to(dtype), source.to(tensor.device, dtype)
+    tensor.copy_(decay * old + (1 - decay) * new)
+
+
+def _move_statistics(mean: _Pair, var: _Pair, decay: float, *, between: bool) -> None:
+    """With the variance between the two means, or without."""
+    if not between:
+        _move(*mean, decay)
+        _move(*var, decay)
+        return
+    device = mean[0].device
+    shares = torch.tensor([decay, 1 - decay], dtype=torch.float64, device=device)
+    parts = [
+        Moments(share, m.to(device), v.to(device))
+        for share, m, v in zip(shares, mean, var, strict=True)
+    ]
+    merged = merge(*parts)
+    mean[0].copy_(merged.mean)
+    var[0].copy_(merged.var)
