@@ -85,7 +85,7 @@ def draw(
         right, bottom = 10, 36
         box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH)
         axes = figure.add_axes((*box, (height - top - bottom) / height), facecolor="none")
-        _calm(axes)
+        calm(axes, RULE, MUTED, GRID)
         paint(axes)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
@@ -113,10 +113,11 @@ def columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _calm(axes: Axes) -> None:
+def calm(axes: Axes, rule: str, muted: str, grid: str) -> None:
+    """Leave only a base line, labels and a horizontal grid, in these colours."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
-    axes.tick_params(length=0, labelsize=FONT, labelcolor=MUTED, pad=5)
-    axes.grid(axis="y", color=GRID, linewidth=1)
+    axes.spines["bottom"].set_color(rule)
+    axes.tick_params(length=0, labelsize=FONT, labelcolor=muted, pad=5)
+    axes.grid(axis="y", color=grid, linewidth=1)
     axes.set_axisbelow(True)

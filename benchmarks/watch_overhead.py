@@ -1,0 +1,40 @@
+"""What watching costs: a training step of ResNet-18, 32 images of 64 x 64, with and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from batchnorm.bench.clock import Effort, Timed, interleaved, summary
+from batchnorm.bench.steps import steps_of
+from batchnorm.tools.monitoring import watch
+
+
+def main() -> None:
+    """Prints the medians, and the cost of one record on its own."""
+    for name, step in steps_of("resnet18").items():
+        plain = step.timed()
+        with watch(step.model) as watched:
+            rivals = {"plain": plain, "watched": Timed(_both(plain, watched))}
+            samples = interleaved(rivals, Effort(20.0, 10))
+            alone = interleaved({"record": Timed(lambda _, w=watched: w())}, Effort(1.0, 20))
+        medians = {who: summary(times)["median"] for who, times in (samples | alone).items()}
+        print(
+            f"{name:<10} step {1e3 * medians['plain']:.1f} ms, watched "
+            f"{1e3 * medians['watched']:.1f} ms ({medians['watched'] / medians['plain'] - 1:+.2%}); "
+            f"a record alone {1e3 * medians['record']:.2f} ms "
+            f"({medians['record'] / medians['plain']:.2%}); {torch.get_num_threads()} threads"
+        )
+
+
+def _both(plain: Timed, watched: Callable[[], None]) -> Callable[[object], None]:
+    def call(argument: object) -> None:
+        plain.call(argument)
+        watched()
+
+    return call
+
+
+if __name__ == "__main__":
+    main()

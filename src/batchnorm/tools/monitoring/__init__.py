@@ -1,0 +1,5 @@
+"""What the statistics of a model do while it trains: records, a table and a plot."""
+
+from batchnorm.tools.monitoring.watch import Watch, watch
+
+__all__ = ["Watch", "watch"]

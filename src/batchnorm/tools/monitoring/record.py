@@ -1,0 +1,147 @@
+"""From two states of a layer to one record of plain numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from batchnorm.tools.monitoring.state import Numbers, State
+
+Record = dict[str, Any]
+
+NEAR_ZERO = 1e-4
+"""A weight this small lets nothing through."""
+CONSTANT = 0.01
+"""A variance below this share of eps is a constant input: less than a tenth of it comes out."""
+CLOSED = 3.0
+"""A ReLU lets nothing through if the bias is this many weights below zero: 0.1 % of a normal."""
+
+
+def record(step: int, name: str, before: State, now: State) -> Record:
+    """What happened in a layer since the last record; `watch` says what the numbers mean.
+
+    Args:
+        step: Number of the step.
+        name: The layer's.
+        before: At the last record.
+        now: After the step.
+    """
+    batches = _batches(before, now)
+    weight = _weight_of_batches(before, now, batches)
+    mean, var = _batch(before, now, weight)
+    channels = max((len(numbers) for numbers in now.numbers.values()), default=0)
+    return {
+        "step": step,
+        "layer": name,
+        "channels": channels,
+        "batches": batches,
+        **_against_running(before, mean, var),
+        **_drift(before, now),
+        **_dead(now, var, weight, channels),
+        **_range("weight", now.numbers.get("weight")),
+        **_range("bias", now.numbers.get("bias")),
+        **_range("batch_mean", mean),
+        **_range("batch_var", var),
+        **_range("running_mean", now.numbers.get("running_mean")),
+        **_range("running_var", now.numbers.get("running_var")),
+    }
+
+
+def severity(found: Record) -> tuple[bool, float, float]:
+    """How bad a record looks: not finite, then far from the running statistics, then dead."""
+    factors = [found["var_ratio_low"], found["var_ratio_high"], found["var_drift"]]
+    known = [factor for factor in factors if factor is not None]
+    measures = [abs(math.log(factor)) if factor > 0 else math.inf for factor in known]
+    measures += [found[key] or 0.0 for key in ("mean_shift", "mean_drift")]
+    values = [value for value in found.values() if isinstance(value, float)]
+    broken = not all(math.isfinite(value) for value in values)
+    finite = [measure for measure in measures if math.isfinite(measure)]
+    return broken, max(finite, default=0.0), found["dead"] or 0.0
+
+
+def _batches(before: State, now: State) -> int:
+    if before.counter is None or now.counter is None:
+        return 0
+    return max(0, now.counter - before.counter)
+
+
+def _weight_of_batches(before: State, now: State, batches: int) -> float:
+    """What the batches since weigh in the running statistics, together."""
+    if batches == 0 or "running_mean" not in before.numbers:
+        return 0.0
+    if now.momentum is None:
+        return batches / now.counter if now.counter else 0.0
+    return 1 - (1 - now.momentum) ** batches
+
+
+def _batch(before: State, now: State, weight: float) -> tuple[Numbers | None, Numbers | None]:
+    """Mean and unbiased variance: seen, or what the running statistics must have been given."""
+    if "batch_mean" in now.numbers:
+        return now.numbers["batch_mean"], now.numbers["batch_var"]
+    if weight == 0:
+        return None, None
+    found = []
+    for kind in ("running_mean", "running_var"):
+        old, new = before.numbers[kind], now.numbers[kind]
+        found.append(old + (new - old) / weight)
+    return found[0], np.maximum(found[1], 0.0)
+
+
+def _against_running(before: State, mean: Numbers | None, var: Numbers | None) -> Record:
+    names = ("mean_shift", "mean_shift_rms", "var_ratio_low", "var_ratio_high")
+    if mean is None or var is None or "running_mean" not in before.numbers:
+        return dict.fromkeys(names)
+    shift = _in_deviations(mean - before.numbers["running_mean"], before)
+    ratio = (var + before.eps) / (before.numbers["running_var"] + before.eps)
+    rms = float(np.sqrt(np.mean(np.square(shift))))
+    values = (float(np.abs(shift).max()), rms, float(ratio.min()), float(ratio.max()))
+    return dict(zip(names, values, strict=True))
+
+
+def _drift(before: State, now: State) -> Record:
+    if "running_mean" not in before.numbers or "running_mean" not in now.numbers:
+        return {"mean_drift": None, "var_drift": None}
+    moved = now.numbers["running_mean"] - before.numbers["running_mean"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = (now.numbers["running_var"] + now.eps) / (before.numbers["running_var"] + now.eps)
+        factor = np.maximum(ratio, 1 / ratio)
+    return {
+        "mean_drift": float(np.abs(_in_deviations(moved, before)).max()),
+        "var_drift": float(factor.max()),
+    }
+
+
+def _in_deviations(difference: Numbers, before: State) -> Numbers:
+    with np.errstate(invalid="ignore"):
+        return difference / np.sqrt(before.numbers["running_var"] + before.eps)
+
+
+def _dead(now: State, var: Numbers | None, weight: float, channels: int) -> Record:
+    none = np.zeros(channels, dtype=bool)
+    constant = zero = closed = none
+    running_var = now.numbers.get("running_var")
+    known = running_var if var is None else var
+    if known is not None:
+        allowed = np.full(channels, CONSTANT * now.eps)
+        if running_var is not None and weight > 0:
+            allowed = np.maximum(allowed, 4 * now.rounding * running_var / weight)
+        constant = known <= allowed
+    if "weight" in now.numbers:
+        scale = np.abs(now.numbers["weight"])
+        zero = scale <= NEAR_ZERO
+        if "bias" in now.numbers:
+            closed = (now.numbers["bias"] + CLOSED * scale <= 0) & ~zero
+    shares = {
+        "dead": constant | zero | closed,
+        "dead_constant": constant,
+        "dead_weight": zero,
+        "dead_relu": closed,
+    }
+    return {name: float(which.mean()) if channels else 0.0 for name, which in shares.items()}
+
+
+def _range(name: str, numbers: Numbers | None) -> Record:
+    low, high = (None, None) if numbers is None else (float(numbers.min()), float(numbers.max()))
+    return {f"{name}_low": low, f"{name}_high": high}

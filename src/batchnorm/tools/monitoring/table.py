@@ -1,0 +1,58 @@
+"""The latest records as a table of 80 columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from batchnorm.tools.monitoring.record import Record, severity
+
+_LAYER = 16
+
+
+def table(records: Sequence[Record]) -> str:
+    """The latest record of each layer, the worst first."""
+    latest = {record["layer"]: record for record in records}
+    if not latest:
+        return "Nothing recorded yet."
+    rows = sorted(latest.values(), key=severity, reverse=True)
+    step = max(record["step"] for record in rows)
+    layers = f"{len(rows)} layer" if len(rows) == 1 else f"{len(rows)} layers"
+    head = _row("layer", "shift", "var ratio", "drift", "dead", "weight", "bias")
+    return "\n".join([f"Step {step}, {layers}, worst first.", head, *map(_line, rows)])
+
+
+def _line(record: Record) -> str:
+    return _row(
+        _cut(record["layer"] or "(model)"),
+        _number(record["mean_shift"]),
+        _span(record["var_ratio_low"], record["var_ratio_high"]),
+        _number(record["mean_drift"]),
+        f"{100 * record['dead']:.0f}%",
+        _span(record["weight_low"], record["weight_high"]),
+        _span(record["bias_low"], record["bias_high"]),
+    )
+
+
+def _row(layer: str, *cells: str) -> str:
+    widths = (7, 15, 7, 5, 15, 15)
+    columns = "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    return (layer.ljust(_LAYER) + columns).rstrip()
+
+
+def _cut(name: str) -> str:
+    """The end of a long name, which tells it from its neighbours."""
+    return name if len(name) <= _LAYER else "…" + name[1 - _LAYER :]
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return "-" if low is None else f"{_number(low)}..{_number(high)}"
+
+
+def _number(value: float | None) -> str:
+    """At most six characters."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.2f}" if abs(value) < 99.995 else f"{value:.0e}"
