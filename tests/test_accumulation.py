@@ -381,8 +381,8 @@ def test_the_summary():
     assert (result.forwards, result.backwards) == (4 * 3 + 1 + 4 + 4 * 3, 4 + 4 * 3)
     assert result.calls == ("bn1", "bn2", "bn3")
     assert str(result) == (
-        f"Loss {result.loss:.6g} of 4 micro-batches as one batch: 3 calls of batch norm, 29 "
-        "forward and 16 backward passes, most of them in part."
+        f"Loss {result.loss:.6g} of 4 micro-batches as one batch: 3 calls of batch norm,\n"
+        "29 forward and 16 backward passes, most of them in part."
     )
     assert result.to_dict() == {
         "loss": result.loss,

@@ -187,3 +187,26 @@ def test_recalibration_is_measured_against_the_true_statistics(capsys, monkeypat
         assert float(ours) < 1e-5
         assert float(precise) == pytest.approx(1 / 36, rel=0.05)  # its variance is the biased one
         assert float(theirs) > 0.05
+
+
+def test_shares_of_the_forward_pass_grow_towards_one():
+    import torch
+
+    from batchnorm.experiments.models import lenet
+
+    model = lenet("torch")
+    found = script("accumulation_cost").shares(model, torch.randn(8, 1, 28, 28))
+    assert len(found) == 4
+    assert 0 < found[0]
+    assert found == sorted(found)
+    assert found[-1] < 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_watched_step_is_the_plain_one_and_a_record():
+    from batchnorm.bench.clock import Timed
+
+    done = []
+    both = script("watch_overhead")._both(Timed(lambda x: done.append(x)), lambda: done.append(2))
+    both(1)
+    assert done == [1, 2]

@@ -73,7 +73,7 @@ def _lines(records: Sequence[Record], key: str) -> Lines:
 def _ratio(record: Record) -> float:
     """The ratio of the channel that is furthest from one, as its decimal logarithm."""
     found = [scales.log10(_known(record[f"var_ratio_{end}"])) for end in ("low", "high")]
-    return max(found, key=abs)
+    return math.nan if any(map(math.isnan, found)) else max(found, key=abs)
 
 
 def _known(value: float | None) -> float:

@@ -19,6 +19,7 @@ CLOSED = 3.0
 """A ReLU lets nothing through if the bias is this many weights below zero: 0.1 % of a normal."""
 
 
+@np.errstate(all="ignore")
 def record(step: int, name: str, before: State, now: State) -> Record:
     """What happened in a layer since the last record; `watch` says what the numbers mean.
 
@@ -104,9 +105,8 @@ def _drift(before: State, now: State) -> Record:
     if "running_mean" not in before.numbers or "running_mean" not in now.numbers:
         return {"mean_drift": None, "var_drift": None}
     moved = now.numbers["running_mean"] - before.numbers["running_mean"]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = (now.numbers["running_var"] + now.eps) / (before.numbers["running_var"] + now.eps)
-        factor = np.maximum(ratio, 1 / ratio)
+    ratio = (now.numbers["running_var"] + now.eps) / (before.numbers["running_var"] + now.eps)
+    factor = np.maximum(ratio, 1 / ratio)
     return {
         "mean_drift": float(np.abs(_in_deviations(moved, before)).max()),
         "var_drift": float(factor.max()),
@@ -114,8 +114,7 @@ def _drift(before: State, now: State) -> Record:
 
 
 def _in_deviations(difference: Numbers, before: State) -> Numbers:
-    with np.errstate(invalid="ignore"):
-        return difference / np.sqrt(before.numbers["running_var"] + before.eps)
+    return difference / np.sqrt(before.numbers["running_var"] + before.eps)
 
 
 def _dead(now: State, var: Numbers | None, weight: float, channels: int) -> Record:
