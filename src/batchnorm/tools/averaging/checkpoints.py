@@ -14,7 +14,9 @@ _MEAN, _VAR, _COUNTER = "running_mean", "running_var", "num_batches_tracked"
 
 
 @torch.no_grad()
-def merge_statistics(state_dicts: Sequence[State], counts: Sequence[float]) -> dict[str, Tensor]:
+def merge_statistics(
+    state_dicts: Sequence[State], counts: Sequence[float | int]
+) -> dict[str, Tensor]:
     """Merges checkpoints of one network: running statistics as moments, the rest as a mean.
 
     ``running_mean`` and ``running_var`` become those of all data together, with the variance
@@ -63,7 +65,7 @@ def merge_statistics(state_dicts: Sequence[State], counts: Sequence[float]) -> d
     return {name: tensor.to(first[name].dtype) for name, tensor in merged.items()}
 
 
-def _together(state_dicts: Sequence[State], counts: Sequence[float], prefix: str) -> Moments:
+def _together(state_dicts: Sequence[State], counts: Sequence[float | int], prefix: str) -> Moments:
     device = state_dicts[0][_join(prefix, _MEAN)].device
     parts = []
     for state, count in zip(state_dicts, counts, strict=True):
@@ -96,7 +98,7 @@ def _join(prefix: str, kind: str) -> str:
     return f"{prefix}.{kind}" if prefix else kind
 
 
-def _check_counts(state_dicts: Sequence[State], counts: Sequence[float]) -> None:
+def _check_counts(state_dicts: Sequence[State], counts: Sequence[float | int]) -> None:
     if not state_dicts:
         raise ValueError("merge_statistics: give at least one state_dict, got none.")
     if len(counts) != len(state_dicts):

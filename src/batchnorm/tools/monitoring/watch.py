@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,6 @@ from batchnorm.tools.monitoring.record import Record, record
 from batchnorm.tools.monitoring.state import is_told_by_buffers, states
 from batchnorm.tools.monitoring.table import table
 from batchnorm.tools.surgery import Choice, batch_norms
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def watch(model: nn.Module, layers: Choice = None, *, every: int = 1) -> Watch:
@@ -127,7 +124,7 @@ class Watch:
         for name in list(self._hooks):
             self._hooks.pop(name).remove()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Watch:
         return self
 
     def __exit__(
@@ -146,11 +143,11 @@ class Watch:
         records = [{key: _for_json(value) for key, value in r.items()} for r in self.records]
         return {"steps": self.steps, "every": self._every, "records": records}
 
-    def figure(self) -> Figure:
+    def figure(self) -> Any:
         """A plot of the records by step: shift of the mean, ratio of the variance, dead channels.
 
         Returns:
-            A figure of matplotlib; its ``savefig("statistics.svg")`` writes a file.
+            A ``matplotlib.figure.Figure``; its ``savefig("statistics.svg")`` writes a file.
 
         Raises:
             ImportError: matplotlib is not installed.
