@@ -399,6 +399,34 @@ def test_a_layer_on_the_data_itself_needs_no_way_back():
     assert (result.forwards, result.backwards) == (4 + 1 + 4 + 1, 4)
 
 
+class Detached(nn.Module):
+    """Has a layer that only a detached branch goes through, and a parameter nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.side = nets.conv(3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).tanh() + self.side(self.conv(x)).detach()
+
+
+def test_what_has_no_gradient_gets_none():
+    model, large = pair(Detached)
+    expected = mean_loss(large, data())
+    expected.backward()
+    result = accumulate(model, split(data()), mean_loss)
+    assert result.calls == ("bn", "side")
+    assert result.forwards == 4 * 2 + 1 + 4 + 4  # nothing goes back from the side
+    for name, parameter in large.named_parameters():
+        grad = model.get_parameter(name).grad
+        if parameter.grad is None:
+            assert grad is None, name
+        else:
+            assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-12)
+    assert_close(dict(model.state_dict()), dict(large.state_dict()), rtol=1e-10, atol=1e-12)
+
+
 # What is refused; and that nothing is left behind.
 
 
