@@ -78,8 +78,9 @@ def obstacle_of(module: nn.Module) -> str | None:
 
 
 def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
-    """``relu(layer(x))`` in one pass."""
-    return _view(layer).forward(x)
+    """``relu(layer(x))`` in one pass, by the forward of the class."""
+    view: Any = _view(layer)
+    return type(view).forward(view, x)
 
 
 def with_residual(layer: nn.Module, x: Tensor, residual: Any, sum_: Sum) -> Tensor:
@@ -198,6 +199,7 @@ def _is_act_of_drop(layer: nn.BatchNorm2d) -> bool:
         expected = _plain_probe(layer).train(training)
         probe = type(layer).__new__(type(layer))
         probe.__dict__.update({**layer.__dict__, **_plain_probe(layer).__dict__})
+        probe.__dict__.pop("train", None)
         probe._modules = {"drop": _PlusOne(), "act": _Squared()}
         probe.train(training)
         x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1)).double()

@@ -46,8 +46,8 @@ def keeps_statistics(layer: _BatchNorm) -> bool:
     return layer.running_mean is not None and layer.running_var is not None
 
 
-def is_held(layer: _BatchNorm) -> bool:
-    """Whether the freezing tool holds the layer's statistics."""
+def is_held(layer: nn.Module) -> bool:
+    """Whether `freeze` holds the layer, so that no tool may move its statistics."""
     return bool(vars(layer).get("_batchnorm_frozen", False))
 
 
