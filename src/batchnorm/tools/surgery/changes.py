@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 
@@ -70,6 +69,19 @@ def _let_go(module: nn.Module, name: str, holder: object) -> None:
         del attributes[name]
 
 
+@contextmanager
+def on_copies(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """The layers work on copies of their running statistics for a while, which are thrown away.
+
+    Unlike ``track_running_stats=False`` this changes nothing of what autograd saves.
+    """
+    with ExitStack() as copies:
+        for layer in layers:
+            buffers = {name: b.clone() for name, b in layer.named_buffers(recurse=False)}
+            copies.enter_context(changed([layer], **buffers))
+        yield
+
+
 class Statistics:
     """The running statistics and counters of layers, as they were when this was made.
 
@@ -79,11 +91,19 @@ class Statistics:
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
-        buffers = [tensor for layer in layers for tensor in layer.buffers(recurse=False)]
-        self._kept: list[tuple[Tensor, Tensor]] = [(t, t.detach().clone()) for t in buffers]
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = [
+            (layer, name, tensor, tensor.detach().clone())
+            for layer in layers
+            for name, tensor in layer.named_buffers(recurse=False)
+        ]
 
-    @torch.no_grad()
     def put_back(self) -> None:
-        """Writes them into the very tensors that they were read from, bit for bit."""
-        for tensor, kept in self._kept:
-            tensor.copy_(kept)
+        """Writes them into the buffers that the layers have now, bit for bit.
+
+        Autograd does not notice: torch saves the buffers for backward without need in training,
+        and would refuse the backward of a step whose statistics are put back.
+        """
+        for layer, name, tensor, kept in self._kept:
+            if layer._buffers.get(name) is None:
+                layer._buffers[name] = tensor
+            getattr(layer, name).data.copy_(kept)
