@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from batchnorm.tools.surgery.assumptions import Unproven
+from batchnorm.tools.surgery.recomputation import Quieting
 from batchnorm.tools.surgery.replacement import (
     LAYERS,
     Sum,
@@ -41,6 +42,10 @@ _MAKERS_OF_NEW_TENSORS = (
 _OWN_WAYS = (
     *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getattribute__"),
     *("__deepcopy__", "__copy__", "__init_subclass__"),
+)
+_GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
 )
 _Members = tuple[tuple[tuple[str, ...], type[nn.Module]], ...]
 
@@ -244,7 +249,7 @@ def _fused_class(block: nn.Module, traced: Trace, members: _Members) -> type[nn.
 
 def _are_as_before(block: nn.Module, members: _Members) -> bool:
     """Whether the modules that a call would pass over are still there and nobody listens."""
-    if torch_module._has_any_global_hook():
+    if _somebody_listens_to_all():
         return False
     for path, kind in members:
         module = module_at(block, path)
@@ -253,6 +258,14 @@ def _are_as_before(block: nn.Module, members: _Members) -> bool:
         if kind in LAYERS and not _is_plain_layer(module):
             return False
     return True
+
+
+def _somebody_listens_to_all() -> bool:
+    """Whether modules have global hooks other than ours, which needs to see blocks only."""
+    if not torch_module._has_any_global_hook():
+        return False
+    hooks = [hook for kind in _GLOBAL_HOOKS for hook in getattr(torch_module, kind).values()]
+    return not all(isinstance(hook, Quieting) for hook in hooks)
 
 
 class _Waiting:
