@@ -1,0 +1,59 @@
+"""Every example runs as it stands, without a warning, and says what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TELLING = {
+    "activation_checkpointing": (
+        r"torch's checkpoint: 6 updates, running_mean \d\.\d\dx.*statistics: False\n"
+        r"ours: 3 updates, running_mean 1\.00x.*checkpointing: True, statistics: True\n"
+        r"torch's within updates_once: 3 updates.*checkpointing: True, statistics: True\n"
+    ),
+    "amp_overflow": (
+        r"torch alone: 1 step skipped, loss in evaluation nan\nPoisoned: 1 of 1 layer(.|\n)*"
+        r"guarded: 1 step skipped, loss in evaluation 0\.\d+\n(.|\n)*"
+        r"batches  layer\n      1  1\n(.|\n)*none is poisoned"
+    ),
+    "fine_tuning_with_frozen_batch_norm": (
+        r"eval\(\) and requires_grad_\(False\): running_var moved by up to [1-9]\d*%(.|\n)*"
+        r"freeze\(model\): running_var moved by 0%(.|\n)*still frozen: True"
+    ),
+    "sharpness_aware_minimization": (
+        r"both passes: 400 updates in 200 steps, running_var off by [1-9]\d%\n"
+        r"no_stats_update: 200 updates in 200 steps, running_var off by \d%"
+    ),
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_it_runs_and_tells(path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.search(TELLING.get(path.stem, r"\w+"), done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_it_is_short_and_needs_no_arguments(path):
+    text = path.read_text()
+    assert text.count("\n") <= 120
+    assert text.endswith('if __name__ == "__main__":\n    main()\n')
+
+
+def test_no_expectation_is_left_over():
+    assert {path.stem for path in EXAMPLES} >= TELLING.keys()
