@@ -70,7 +70,7 @@ def _let_go(module: nn.Module, name: str, holder: object) -> None:
 
 
 @contextmanager
-def on_copies(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+def on_copies(layers: Iterable[nn.Module]) -> Iterator[None]:
     """The layers work on copies of their running statistics for a while, which are thrown away.
 
     Unlike ``track_running_stats=False`` this changes nothing of what autograd saves.
