@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.tools.accumulation import accumulate
+from batchnorm import accumulate
 
 
 def make_model() -> nn.Module:

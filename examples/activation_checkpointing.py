@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import checkpoint as torchs
 
-from batchnorm.tools.checkpointing import checkpoint, updates_once
+from batchnorm import checkpoint, updates_once
 
 
 def block():

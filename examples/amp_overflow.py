@@ -7,7 +7,7 @@ NaN from then on, and the model is useless as soon as it is evaluated. With `gua
 import torch
 from torch import nn
 
-from batchnorm.tools.guarding import guard, repair
+from batchnorm import guard, repair
 
 
 def network():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.tools.averaging import merge_statistics
+from batchnorm import merge_statistics
 
 CLASSES, FEATURES = 3, 6
 

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import nn
 
-from batchnorm.tools.freezing import freeze, is_frozen, unfreeze
+from batchnorm import freeze, is_frozen, unfreeze
 
 
 def network():

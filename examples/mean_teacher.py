@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.tools.averaging import ema_update
+from batchnorm import ema_update
 
 DECAY = 0.95
 

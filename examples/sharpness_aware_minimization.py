@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch import nn
 
-from batchnorm.tools.updates import no_stats_update
+from batchnorm import no_stats_update
 
 RADIUS = 1.0
 

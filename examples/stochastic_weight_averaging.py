@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from batchnorm.tools.recalibration import recalibrate
+from batchnorm import recalibrate
 
 
 def data(size: int) -> tuple[Tensor, Tensor]:

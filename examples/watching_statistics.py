@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from batchnorm.tools.monitoring import watch
+from batchnorm import watch
 
 
 def main() -> None:

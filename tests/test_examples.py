@@ -13,6 +13,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TELLING = {
+    "accumulated_large_batch": (
+        r"plain accumulation: gradient off by \d\.\de-0[12], statistics moved 4 times\n"
+        r"accumulate: gradient off by \d\.\de-0[67], statistics moved 1 times\n"
+    ),
+    "federated_averaging": (
+        r"variance of all data: +20\.\d\nmean of variances: +[1-4]\.\d\n"
+        r"merge_statistics: +(19\.[5-9]|20\.\d)\n"
+    ),
+    "mean_teacher": (
+        r"teacher, parameters only +0\.[1-6]\d*\n"
+        r"(teacher, statistics='\w+' +0\.9\d+, counter 400\n){3}"
+    ),
+    "stochastic_weight_averaging": (
+        r"last weights: +0\.9\d+\naveraged, statistics of the last: +0\.9\d+\n"
+        r"Recalibrated 2 layers on 2,000 samples(.|\n)*averaged, recalibrated: +0\.9[5-9]\d*\n"
+    ),
+    "watching_statistics": (
+        r"Half of layer 4 passes nothing on from step 105\.\n"
+        r"Batches unlike the running statistics from step 195\.\n"
+    ),
     "activation_checkpointing": (
         r"torch's checkpoint: 6 updates, running_mean \d\.\d\dx.*statistics: False\n"
         r"ours: 3 updates, running_mean 1\.00x.*checkpointing: True, statistics: True\n"

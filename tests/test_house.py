@@ -128,3 +128,12 @@ def test_constraints_pin_every_dependency():
     named = re.findall(r'^    "([A-Za-z0-9-]+)(?:\[\w+\])?[>=]=', text, re.MULTILINE)
     assert "torch" in named
     assert {name.lower() for name in named} <= pinned
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_python_of_the_readme_runs(name):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-W", "error", "-c", block], capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()

@@ -33,8 +33,12 @@ def one_sentence() -> Iterator[None]:
     """Turns the errors that our functions raise for bad input into a usage error."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise TyperException(str(error)) from error
+    except OSError as error:
+        plain = error.filename is None or error.strerror is None
+        text = str(error) if plain else f"{error.filename}: {error.strerror.lower()}"
+        raise TyperException(text) from error
 
 
 def print_json(value: Any) -> None:

@@ -29,7 +29,7 @@ def returned(option: str, spec: str) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     with blamed(f"{option} {spec}: importing {module} failed with"):
-        found: Any = importlib.import_module(module)
+        found: Any = _imported(option, spec, module)
     for part in name.split("."):
         if not hasattr(found, part):
             raise TyperException(f"{option} {spec}: module {module} has no {name}")
@@ -38,6 +38,17 @@ def returned(option: str, spec: str) -> Any:
         raise TyperException(f"{option} {spec}: {name} is a {type(found).__name__}, no function")
     with blamed(f"{option} {spec}: calling it without arguments failed with"):
         return found()
+
+
+def _imported(option: str, spec: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise TyperException(
+            f"{option} {spec}: there is no module {error.name} in this folder, and none is installed"
+        ) from error
 
 
 @contextmanager
