@@ -47,7 +47,7 @@ def _imported(option: str, spec: str, module: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise TyperException(
-            f"{option} {spec}: there is no module {error.name} in this folder, and none is installed"
+            f"{option} {spec}: there is no module {error.name} in this folder, and none installed"
         ) from error
 
 

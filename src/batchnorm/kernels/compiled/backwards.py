@@ -33,7 +33,11 @@ def of_planes(element, number):
             begin, end = planes.share_of_pieces(x, task.channels, thread, team)
         else:
             channels = share(task.channels, thread, team)
-        group = planes.group_size(x) if task.collect and task.apply else max(1, task.channels)
+        group = (
+            planes.group_size(x, task.channels, 2)
+            if task.collect and task.apply
+            else max(1, task.channels)
+        )
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if task.prepare:

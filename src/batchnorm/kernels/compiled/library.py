@@ -38,7 +38,7 @@ MAKERS = {
     ("backward", False): backwards.of_planes,
     ("backward", True): backwards.of_columns,
 }
-# With fewer channels than this, a thread would often wait for the others.
+# With fewer channels than this, some threads would wait for the others, unless it comes out even.
 CHANNELS_A_THREAD = 4
 _WORK = math.prod(planes.WORK)
 # These are done by all threads, the others are short.
@@ -112,7 +112,9 @@ def team_for(x: Tensor) -> int:
 
 def shares_channels(geometry: Geometry, team: int) -> bool:
     """Whether threads share out channels, not slabs."""
-    return not geometry.columns and geometry.channels >= CHANNELS_A_THREAD * team
+    channels = geometry.channels
+    even = channels >= CHANNELS_A_THREAD * team or channels % team == 0
+    return even and not geometry.columns
 
 
 @cache

@@ -38,17 +38,18 @@ PIECE = 16384
 # The most elements that each lane sums up in the precision of the elements.
 ROUNDS = 1024
 # Neighbouring channels are gone through together if their rows are short: so many at the most, so
-# many bytes of a sample.
-TOGETHER, RUN = 64, 16384
+# many bytes of a sample, and so many in all.
+TOGETHER, RUN, KEPT = 64, 16384, 1 << 19
 # Where the centres begin in ``work``; before them are two rows of sums for each channel.
 CENTRES = 2 * TOGETHER
 WORK = (3 * TOGETHER, FEW)
 
 
 @njit
-def group_size(x):
-    """How many channels are gone through together."""
-    return min(TOGETHER, max(1, RUN // (x.shape[1] * x.itemsize)))
+def group_size(x, channels, tensors):
+    """How many channels are gone through together, so that the L2 cache holds so many tensors."""
+    row = x.shape[1] * x.itemsize
+    return max(1, min(TOGETHER, RUN // row, KEPT // (tensors * row * (len(x) // channels))))
 
 
 @njit
@@ -64,7 +65,7 @@ def collect(x, channels, partials, work, first, last, slab):
     partial = partials[slab]
     partial[:, first:last] = 0
     begin, end = share_of_pieces(x, channels, slab, len(partials))
-    step, group = _pieces_of_block(x), group_size(x)
+    step, group = _pieces_of_block(x), group_size(x, channels, 1)
     for start in range(first, last, group):
         for piece in range(begin, end, step):
             pieces = piece, min(piece + step, end)
@@ -149,7 +150,7 @@ def grad_sums(task, grad, x, mask, behind_relu, partials, coefficients, work, fi
     streamed = has_mask and is_streamed(x, behind_relu)
     options = task.relu != 0 and not has_mask, has_mask, streamed
     arrays = grad, x, mask, behind_relu
-    step, group = _pieces_of_block(x), group_size(x)
+    step, group = _pieces_of_block(x), group_size(x, task.channels, 2)
     partials[slab, : PRODUCT + 1, first:last] = 0
     for start in range(first, last, group):
         stop = min(start + group, last)
