@@ -5,20 +5,17 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from numba import cfunc, config, types
 from torch import Tensor
 
 from batchnorm.kernels import parallel
-from batchnorm.kernels.compiled import backwards, forwards, planes
+from batchnorm.kernels.compiled import backwards, forwards, planes, storage
 from batchnorm.kernels.compiled.task import LAYOUT, RECORD, Task
 from batchnorm.kernels.geometry import Geometry, geometry_of
 
@@ -45,8 +42,6 @@ _WORK = math.prod(planes.WORK)
 SHARED = ("collect", "apply")
 
 _Prototype = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t)
-# The machine code lives as long as this.
-_code: dict[Any, Any] = {}
 _kept = threading.local()
 
 
@@ -171,29 +166,19 @@ def _kernel(which: Pass, columns: bool, dtype: torch.dtype) -> _Kernel:
     if config.DISABLE_JIT:
         return _Kernel(lambda task, *share: function(Task.from_buffer_copy(task), *share), None)
     family = "columns" if columns else "planes"
-    function.__qualname__ = f"{which}_{family}_{np.dtype(element).name}_{fingerprint():08x}"
-    address = compiled(function, SIGNATURE).address
+    address = compiled(f"{which}_{family}_{np.dtype(element).name}", function, SIGNATURE)
     return _Kernel(_Prototype(address), address)
 
 
-def compiled(function: Any, signature: Any) -> Any:
-    """The machine code, without a count of references to arrays: that fills the inner loops."""
-    try:
-        _code[function] = cfunc(signature, cache=True, _nrt=False)(function)
-    except RuntimeError:  # No folder for the cache can be written.
-        _code[function] = cfunc(signature, _nrt=False)(function)
-    return _code[function]
+def compiled(name: str, function: Any, signature: Any) -> int:
+    """The address of a function's machine code: kept from an earlier process, or compiled now.
 
-
-@cache
-def fingerprint() -> int:
-    """A checksum of the loops and of the processor, which gives each kernel cache files of its own.
-
-    Numba looks only at the file of the outermost function for changes. And two processes that
-    cache different kernels under one name at the same time can end up with each other's code.
+    Arrays are not counted references to: Numba would do so in the innermost loops.
     """
-    processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
-    checksum = zlib.crc32(processor.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        checksum = zlib.crc32(path.read_bytes(), checksum)
-    return checksum
+    name = f"{name}-{storage.fingerprint()}"
+    kept = storage.read(name)
+    if kept is None:
+        code = cfunc(signature, _nrt=False)(function)
+        kept = storage.MachineCode(code._wrapper_name, code._library._get_compiled_object())
+        storage.keep(name, kept)
+    return storage.linked(kept)

@@ -65,8 +65,8 @@ def _kernel(dtype: torch.dtype) -> Any:
     function = _of(NUMBERS[dtype])
     if config.DISABLE_JIT:
         return function
-    function.__qualname__ = f"move_{np.dtype(NUMBERS[dtype]).name}_{library.fingerprint():08x}"
-    return _Prototype(library.compiled(function, SIGNATURE).address)
+    name = f"running_{np.dtype(NUMBERS[dtype]).name}"
+    return _Prototype(library.compiled(name, function, SIGNATURE))
 
 
 def _of(number):
