@@ -1,6 +1,7 @@
 """The compiled kernels are held against the reference, in every layout, size and dtype."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -43,14 +44,14 @@ def poisoned(monkeypatch):
 
         return made
 
-    def scratch(size, keep=library._scratch):
-        address = keep(size)
-        library._kept.memory[:] = 255
-        return address
+    def borrowed(size, borrow=library._borrowed):
+        block = borrow(size)
+        block.memory[:] = 255
+        return block
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(library, "_scratch", scratch)
+    monkeypatch.setattr(library, "_borrowed", borrowed)
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -372,3 +373,106 @@ def test_without_a_folder_for_the_cache_kernels_are_compiled_anew(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([4, 3])\n"
+
+
+@pytest.mark.parametrize("shape", [(1024, 64, 64), (256, 64, 49), (64, 32, 2000), (100_000, 64)])
+def test_equal_values_add_up_without_a_drift(shape):
+    """Rounding errors of the same sign every time are the worst case of a sum."""
+    x = normal(*shape)
+    channel = torch.full((shape[1],), 1 / 3).view(1, -1, *[1] * (len(shape) - 2))
+    grad = (torch.ones_like(x) * channel).contiguous()
+    batch = numba_cpu.moments(x)
+    plain, _ = numba_cpu.grad_sums(grad, x, batch.mean, batch.var, EPS, None)
+    exact = grad.double().sum([0, *range(2, x.dim())])
+    assert ((plain - exact).abs() / exact).max() < 4e-6
+    two = torch.where(x > 0, 1.3, -1.3)
+    var = numba_cpu.moments(two).var
+    assert (var / two.double().var([0, *range(2, x.dim())], correction=0) - 1).abs().max() < 4e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(40, 64, 4096), (8, 96, 96, 96), (33, 70, 3200), (3, 2, 400_000)]
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_large_tensors_are_the_references_on_any_team(threads, dtype, shape, last):
+    """Streaming stores, full blocks, tiny last pieces."""
+    x = normal(*shape, dtype=dtype)
+    if last:
+        x = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
+    grad, residual = x.flip(0).clone(), x.roll(1, 0).clone()
+    weight, bias = normal(shape[1], seed=1), normal(shape[1], seed=2)
+    found = []
+    for team in (1, 2, 3):
+        threads(team)
+        y, batch, mask = numba_cpu.forward(x, weight, bias, EPS, residual, relu=True)
+        gate = Gate(bias, mask)
+        grads = numba_cpu.backward(grad, x, batch.mean, batch.var, EPS, weight, gate)
+        found.append((y, batch.mean, batch.var, *grads))
+    for got in found[1:]:
+        for a, b in zip(found[0], got, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    expected, batch, mask = reference.forward(x, weight, bias, EPS, residual, relu=True)
+    torch.testing.assert_close(found[0][0], expected)
+    torch.testing.assert_close(found[0][2], batch.var, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("var", [0.0, -1.0])
+def test_a_variance_without_a_root_is_no_silent_end(var):
+    x, variances = normal(4, 3, 50), torch.tensor([1.0, var, 1.0])
+    got, expected = (
+        batch_norm(x, torch.zeros(3), variances, None, None, False, 0.1, 0.0, kernels=kernels)
+        for kernels in ("numba", "reference")
+    )
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_a_signal_handler_may_call_a_kernel_meanwhile(threads):
+    threads(2)
+    x, small = normal(8, 3, 64, 64), normal(64, 5, 7)
+    expected = numba_cpu.moments(x)
+    calls = []
+
+    def handler(*_):
+        calls.append(numba_cpu.moments(small))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        found = [numba_cpu.moments(x) for _ in range(300)]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert calls
+    for got in found:
+        assert torch.equal(got.mean, expected.mean)
+        assert torch.equal(got.var, expected.var)
+
+
+def test_hooks_may_give_saved_tensors_back_in_another_dtype():
+    x = normal(8, 3, 50).requires_grad_()
+    weight = torch.ones(3, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: t.half() if t.is_floating_point() else t, lambda t: t.float()):
+        y = batch_norm(x, None, None, weight, training=True)
+    (got,) = torch.autograd.grad(y.square().sum() + y.pow(3).sum(), x)
+    y = batch_norm(x, None, None, weight, training=True)
+    (expected,) = torch.autograd.grad(y.square().sum() + y.pow(3).sum(), x)
+    torch.testing.assert_close(got, expected, atol=0.05, rtol=0.05)
+
+
+def test_a_tensor_that_stands_for_the_negative_of_its_memory():
+    x = normal(8, 3, 50)
+    negative = torch._neg_view(x)
+    got = batch_norm(negative, None, None, training=True)
+    torch.testing.assert_close(got, batch_norm(-x, None, None, training=True))
+
+
+def test_the_bias_may_be_wider_than_the_weight():
+    x, grad = normal(64, 3, 50), normal(64, 3, 50, seed=1)
+    weight = torch.ones(3, requires_grad=True)
+    bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    y = batch_norm(x, None, None, weight, bias, training=True)
+    _, got = torch.autograd.grad(y, (weight, bias), grad)
+    assert got.dtype == torch.float64
+    assert not torch.equal(got, got.float().double())

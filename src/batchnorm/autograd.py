@@ -88,8 +88,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
     It costs more than a small kernel, and only has something to do where torch traces or
     transforms, where a mode looks on, where a subclass of `torch.Tensor` wants a say, where a
-    tensor only wraps others (as in ``torch.autograd.grad(..., is_grads_batched=True)``), and away
-    from the CPU.
+    tensor only wraps others (as in ``torch.autograd.grad(..., is_grads_batched=True)``) or stands
+    for the negative of its memory, and away from the CPU.
     """
     if (
         torch.compiler.is_compiling()
@@ -100,7 +100,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
         return False
     for tensor in tensors:
         if tensor is not None and not (
-            type(tensor) in _PLAIN and tensor.is_cpu and torch._C._has_storage(tensor)
+            type(tensor) in _PLAIN
+            and tensor.is_cpu
+            and torch._C._has_storage(tensor)
+            and not tensor.is_neg()
         ):
             return False
     return True
@@ -201,6 +204,8 @@ def _gradients(
     eps, relu, fixed, kernels = ctx.options
     if mask is not None:
         x = _laid_out(x, channels_last=ctx.channels_last)
+    if weight is not None and ctx.bias_dtype not in (None, weight.dtype):
+        weight = weight.to(mean.dtype)  # Kernels round both gradients to the weight's dtype.
     arguments = (weight, bias, mean, var, mask, eps, relu, fixed)
     graded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if not graded and ctx.plain and is_plain(grad_output, x):

@@ -201,14 +201,14 @@ def _backward(
     grad_x = torch.empty_like(x)
     behind_relu = None if mask is None else torch.empty_like(x)
     tensors = Tensors(
-        mask=mask,
+        mask=None if mask is None else _as(torch.uint8, mask),
         grad=_laid_out_like(x, grad_output),
         grad_x=grad_x,
         behind_relu=behind_relu,
         weight=_parameter(weight, x),
         bias=_parameter(bias, x),
-        mean=mean,
-        var=var,
+        mean=_as(torch.float64, mean),
+        var=_as(torch.float64, var),
         sum_grad=sums[0],
         sum_grad_x_hat=sums[1],
     )
@@ -252,7 +252,11 @@ def _new_mask(x: Tensor, residual: Tensor | None) -> Tensor | None:
 def _parameter(values: Tensor | None, x: Tensor) -> Tensor | None:
     if values is None:
         return None
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if values.dtype == dtype and values.is_contiguous():
-        return values
-    return values.to(dtype).contiguous()
+    return _as(torch.float64 if x.dtype == torch.float64 else torch.float32, values)
+
+
+def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:
+    """What a kernel can read, also if a hook on saved tensors has given back something else."""
+    if vector.dtype == dtype and vector.is_contiguous():
+        return vector
+    return vector.to(dtype).contiguous()

@@ -25,7 +25,7 @@ def of_planes(element, number):
         bias = array_at(task.bias, (task.channels,), number)
         partials = array_at(task.partials, (task.slabs, 7, task.channels), np.float64)
         coefficients = array_at(task.coefficients, (6, task.channels), number)
-        work = array_at(task.work, (team, *planes.WORK), number)[thread]
+        work = array_at(task.work, (team, *planes.WORK), np.float64)[thread]
         channels, slabs = (0, task.channels), (0, task.slabs)
         begin, end = planes.share_of_pieces(x, task.channels, 0, 1)
         if task.by_slab:

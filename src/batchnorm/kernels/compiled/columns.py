@@ -24,7 +24,7 @@ from batchnorm.kernels.compiled.statistics import (
 from batchnorm.kernels.compiled.vectors import LANES, finish_streams, is_streamed, zeros
 
 # The most rows that are summed up in the precision of the elements.
-ROWS = 512
+ROWS = 128
 # Rows that give a first idea of the means.
 FIRST = 8
 # Rows that are gone down at a time, to load coefficients less often.

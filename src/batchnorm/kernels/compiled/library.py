@@ -88,7 +88,8 @@ def run(which: Pass, steps: tuple[str, ...], x: Tensor, tensors: Tensors, option
     geometry = geometry_of(x)
     kernel = _kernel(which, geometry.columns, x.dtype)
     team = team_for(x)
-    addresses = _memory(geometry, x, team, tensors)
+    block = _borrowed(_needed(geometry, team))
+    addresses = _memory(geometry, block, x, tensors)
     place = (*addresses, *geometry[1:], x.numel() // x.shape[1])
     if team == 1:
         kernel.call(LAYOUT.pack(*place, *_flags(steps), False, *options), 0, 1)
@@ -98,6 +99,7 @@ def run(which: Pass, steps: tuple[str, ...], x: Tensor, tensors: Tensors, option
         for together in _parts(steps):
             task = LAYOUT.pack(*place, *_flags(together), True, *options)
             _share(kernel, task, team if together[0] in SHARED else 1)
+    _kept.block = block
 
 
 def team_for(x: Tensor) -> int:
@@ -140,22 +142,43 @@ def _share(kernel: _Kernel, task: bytes, team: int) -> None:
         parallel.run(kernel.address, ctypes.addressof(memory), team)
 
 
-def _memory(geometry: Geometry, x: Tensor, team: int, tensors: Tensors) -> list[int]:
+def _columns(geometry: Geometry) -> int:
+    return geometry.fold * geometry.channels * geometry.repeat
+
+
+def _needed(geometry: Geometry, team: int) -> int:
+    """Bytes of `task.ADDRESSES`' last three, eight for a number."""
+    columns = _columns(geometry)
+    return 8 * (columns * (7 * geometry.slabs + 6) + max(3 * columns, _WORK) * team)
+
+
+def _memory(geometry: Geometry, block: _Block, x: Tensor, tensors: Tensors) -> list[int]:
     """Addresses in the order of `task.ADDRESSES`."""
-    columns, slabs = geometry.fold * geometry.channels * geometry.repeat, geometry.slabs
-    work = max(3 * columns, _WORK)
-    scratch = _scratch(8 * (columns * (7 * slabs + 6) + work * team))
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    coefficients = scratch + 8 * columns * 7 * slabs
-    return [x.data_ptr(), *addresses, scratch, coefficients, coefficients + 8 * columns * 6]
+    coefficients = block.address + 8 * _columns(geometry) * 7 * geometry.slabs
+    work = coefficients + 8 * _columns(geometry) * 6
+    return [x.data_ptr(), *addresses, block.address, coefficients, work]
 
 
-def _scratch(size: int) -> int:
-    """Memory of this Python thread, kept from call to call."""
-    if getattr(_kept, "size", 0) < size:
-        _kept.memory = np.empty(size, np.uint8)
-        _kept.address, _kept.size = _kept.memory.ctypes.data, size
-    return _kept.address
+class _Block(NamedTuple):
+    """Memory for sums and coefficients."""
+
+    address: int
+    size: int
+    memory: Any
+
+
+def _borrowed(size: int) -> _Block:
+    """A block of at least so many bytes, which nobody else has.
+
+    A Python thread keeps one from call to call. While it is in use it is not to be found, because a
+    signal handler or a finalizer may call a kernel in between.
+    """
+    block = _kept.__dict__.pop("block", None)
+    if block is None or block.size < size:
+        memory = np.empty(size, np.uint8)
+        block = _Block(memory.ctypes.data, size, memory)
+    return block
 
 
 @cache
@@ -173,12 +196,13 @@ def _kernel(which: Pass, columns: bool, dtype: torch.dtype) -> _Kernel:
 def compiled(name: str, function: Any, signature: Any) -> int:
     """The address of a function's machine code: kept from an earlier process, or compiled now.
 
-    Arrays are not counted references to: Numba would do so in the innermost loops.
+    References to arrays are not counted: Numba would do so in the innermost loops. And a division
+    by zero gives infinity, as in torch: an exception would end the loops unseen.
     """
     name = f"{name}-{storage.fingerprint()}"
     kept = storage.read(name)
     if kept is None:
-        code = cfunc(signature, _nrt=False)(function)
+        code = cfunc(signature, error_model="numpy", _nrt=False)(function)
         kept = storage.MachineCode(code._wrapper_name, code._library._get_compiled_object())
         storage.keep(name, kept)
     return storage.linked(kept)

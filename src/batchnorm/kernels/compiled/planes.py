@@ -9,6 +9,7 @@ from __future__ import annotations
 from numba import njit
 
 from batchnorm.kernels.compiled import rows
+from batchnorm.kernels.compiled.elements import number_like
 from batchnorm.kernels.compiled.statistics import (
     CENTRE,
     COUNT,
@@ -33,10 +34,10 @@ from batchnorm.kernels.compiled.vectors import (
     zeros,
 )
 
-# A multiple of the lanes of a vector.
-PIECE = 16384
-# The most elements that each lane sums up in the precision of the elements.
-ROUNDS = 1024
+# The most elements of a row that are summed up in their own precision, 64 in each lane.
+PIECE = 4096
+# Elements of a channel that are summed up about one centre: of the shape alone, like slabs.
+BLOCK = 65536
 # Neighbouring channels are gone through together if their rows are short: so many at the most, so
 # many bytes of a sample, and so many in all.
 TOGETHER, RUN, KEPT = 64, 16384, 1 << 19
@@ -77,15 +78,16 @@ def _collect_block(x, channels, partial, work, first, last, pieces):
     """Sums about a first idea of the mean; about the block's own mean if that lies far off."""
     count = _count(x, channels, pieces)
     for c in range(first, last):
-        work[CENTRES + c - first, 0] = _guess(x, channels, partial, c, pieces[0])
+        guess = number_like(x, _guess(x, channels, partial, c, pieces[0]))
+        work[CENTRES + c - first, 0] = guess
     _deviate(x, channels, work, first, first, last, pieces)
     for c in range(first, last):
         k = c - first
-        linear, squares = rows.totals_of(work, k, zeros(x, FEW))
+        linear, squares = rows.totals_of(work, k)
         if 2 * linear * linear > squares * count:
-            work[CENTRES + k, 0] += linear / count
+            work[CENTRES + k, 0] = number_like(x, work[CENTRES + k, 0] + linear / count)
             _deviate(x, channels, work, first, c, c + 1, pieces)
-            linear, squares = rows.totals_of(work, k, zeros(x, FEW))
+            linear, squares = rows.totals_of(work, k)
         add_moments(partial, c, count, work[CENTRES + k, 0], linear, squares)
 
 
@@ -109,7 +111,7 @@ def _deviate(x, channels, work, origin, first, last, pieces):
         for c in range(first, last):
             r, start, stop = _bounds(piece, channels, c, x)
             ahead, ahead_start, _ = _bounds(following, channels, c, x)
-            centre = work[CENTRES + c - origin, 0]
+            centre = number_like(x, work[CENTRES + c - origin, 0])
             rows.add_deviations(
                 x, r, start, stop, (ahead, ahead_start), centre, work, c - origin, vectors
             )
@@ -158,7 +160,7 @@ def grad_sums(task, grad, x, mask, behind_relu, partials, coefficients, work, fi
             pieces = piece, min(piece + step, end)
             _add_grads(arrays, options, task.channels, coefficients, work, start, stop, pieces)
             for c in range(start, stop):
-                plain, product = rows.totals_of(work, c - start, zeros(x, FEW))
+                plain, product = rows.totals_of(work, c - start)
                 partials[slab, PLAIN, c] += plain
                 partials[slab, PRODUCT, c] += product
     if streamed:
@@ -202,8 +204,7 @@ def grad_input(task, grad, x, result, coefficients, first, last, begin, end):
 
 @njit
 def _pieces_of_block(x):
-    lanes = LANES if x.shape[1] >= LANES else FEW
-    return max(1, ROUNDS * lanes // min(PIECE, x.shape[1]))
+    return BLOCK // min(PIECE, x.shape[1])
 
 
 @njit

@@ -1,7 +1,8 @@
 """A row of one channel, from one vector to the next.
 
-The two sums of a channel are kept in two rows of ``work``, as `FEW` numbers each. A row is gone
-through by `LANES`, what is left by `FEW`. The last few begin further left where they would stand
+The two sums of a channel are kept in two rows of ``work``, as `FEW` numbers of float64 each: only
+within a row are they in the precision of the elements. A row is gone through by `LANES`, what is
+left by `FEW`. The last few begin further left where they would stand
 out on the right, so some elements may be done twice, with the same result. A row has at least
 `FEW` elements, but may be called for from anywhere in it.
 """
@@ -15,23 +16,25 @@ from batchnorm.kernels.compiled.elements import number_like, widen
 from batchnorm.kernels.compiled.vectors import (
     FEW,
     LANES,
+    doubled,
     filled,
     folded,
     load,
     prefetch,
     store,
     total,
+    zeros,
 )
 
 
 @njit(forceinline=True)
-def add_deviations(x, r, start, stop, ahead, centre, work, k, zeros):
+def add_deviations(x, r, start, stop, ahead, centre, work, k, vectors):
     """Adds ``x - centre`` and its square to the sums of channel ``k`` in ``work``.
 
     ``ahead`` is the row and the first element to be prefetched meanwhile.
     """
-    wide, few = zeros
-    of_lanes, sums = (wide, wide), _sums_of(work, k, few)
+    wide, few = vectors
+    of_lanes, sums = (wide, wide), (few, few)
     end = stop - (stop - start) % LANES
     for j in range(start, end, LANES):
         prefetch(x, ahead[0], ahead[1] + j - start, wide)
@@ -44,27 +47,26 @@ def add_deviations(x, r, start, stop, ahead, centre, work, k, zeros):
 
 
 @njit(forceinline=True)
-def _sums_of(work, k, few):
-    return load(work, 2 * k, 0, few), load(work, 2 * k + 1, 0, few)
-
-
-@njit(forceinline=True)
 def _keep(work, k, of_lanes, sums, few):
-    store(work, 2 * k, 0, sums[0] + folded(of_lanes[0], few))
-    store(work, 2 * k + 1, 0, sums[1] + folded(of_lanes[1], few))
+    """Adds the sums of a row to those of its channel."""
+    whole = zeros(work, FEW)
+    for place in range(2):
+        row = sums[place] + folded(of_lanes[place], few)
+        r = 2 * k + place
+        store(work, r, 0, load(work, r, 0, whole) + doubled(row))
+
+
+@njit
+def totals_of(work, k):
+    """The two sums of channel ``k`` in ``work``."""
+    whole = zeros(work, FEW)
+    return total(load(work, 2 * k, 0, whole)), total(load(work, 2 * k + 1, 0, whole))
 
 
 @njit(forceinline=True)
-def totals_of(work, k, few):
-    """The two sums of channel ``k`` in ``work``, in float64."""
-    first, second = _sums_of(work, k, few)
-    return total(first), total(second)
-
-
-@njit(forceinline=True)
-def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, zeros):
+def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, vectors):
     """`maps.normalize` of a part of a row, which begins at a byte of the mask."""
-    wide, few = zeros
+    wide, few = vectors
     end = stop - (stop - start) % LANES
     for j in range(start, end, LANES):
         prefetch(x, ahead, j, wide)
@@ -82,10 +84,10 @@ def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, zer
 
 
 @njit(forceinline=True)
-def add_grads(arrays, options, r, start, stop, numbers, work, k, zeros):
+def add_grads(arrays, options, r, start, stop, numbers, work, k, vectors):
     """`maps.add_grads` of a part of a row, to the sums of channel ``k`` in ``work``."""
-    wide, few = zeros
-    of_lanes, sums = (wide, wide), _sums_of(work, k, few)
+    wide, few = vectors
+    of_lanes, sums = (wide, wide), (few, few)
     end = stop - (stop - start) % LANES
     for j in range(start, end, LANES):
         of_lanes = maps.add_grads(arrays, options, r, j, 0, _filled4(numbers, wide), of_lanes, wide)
@@ -106,9 +108,9 @@ def add_grads(arrays, options, r, start, stop, numbers, work, k, zeros):
 
 
 @njit(forceinline=True)
-def grad_input(grad, x, result, options, r, start, stop, numbers, ahead, zeros):
+def grad_input(grad, x, result, options, r, start, stop, numbers, ahead, vectors):
     """`maps.grad_input` of a part of a row."""
-    wide, few = zeros
+    wide, few = vectors
     end = stop - (stop - start) % LANES
     for j in range(start, end, LANES):
         prefetch(x, ahead, j, wide)

@@ -110,7 +110,8 @@ def set_coefficients(coefficients, channel, channels, repeat, mean, inv_std, wei
             coefficients[CENTRE, k] = mean
             coefficients[INV_STD, k] = inv_std
             coefficients[SCALE, k] = scale
-            coefficients[OFFSET, k] = (float(coefficients[CENTRE, k]) - mean) * scale + bias
+            left = float(coefficients[CENTRE, k]) - mean
+            coefficients[OFFSET, k] = left * scale + bias if left != 0 else bias
 
 
 @njit

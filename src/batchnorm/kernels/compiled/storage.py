@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
+import numba
 
 from batchnorm.files import whole_file
 
 _LENGTH = 4
+# Of numba.config: what changes the code.
+_SETTINGS = ("OPT", "CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
 
 # Linked code lives as long as these.
 _engines: list[llvm.ExecutionEngine] = []
@@ -71,17 +74,18 @@ def linked(kept: MachineCode) -> int:
     engine.add_object_file(llvm.ObjectFileRef.from_data(kept.code))
     engine.finalize_object()
     _engines.append(engine)
-    return engine.get_function_address(kept.symbol)
+    address = engine.get_function_address(kept.symbol)
+    assert address
+    return address
 
 
 @cache
 def fingerprint() -> str:
     """A checksum of what compiled code depends on: the loops, the compiler, the processor."""
-    import numba
-
-    processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
-    versions = f"{numba.__version__} {llvm.llvm_version_info} {sys.version} {processor}"
-    checksum = zlib.crc32(versions.encode())
+    processor = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    compiler = numba.__version__, llvm.llvm_version_info, sys.version
+    settings = [getattr(numba.config, name) for name in _SETTINGS]
+    checksum = zlib.crc32(repr((processor, compiler, settings)).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         checksum = zlib.crc32(path.read_bytes(), checksum)
     return f"{checksum:08x}"

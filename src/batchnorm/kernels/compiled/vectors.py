@@ -139,6 +139,28 @@ def _folded_vector(context, wide, few):
     return few(wide, few), code
 
 
+def doubled(vector):
+    """The same numbers in float64."""
+    return vector.astype(np.float64)
+
+
+@overload(doubled)
+def _doubled(vector):
+    if vector.number == types.float64:
+        return lambda vector: vector
+    return lambda vector: _doubled_vector(vector)
+
+
+@intrinsic
+def _doubled_vector(context, vector):
+    double = Vector(types.float64, vector.lanes)
+
+    def code(context, builder, signature, args):
+        return builder.fpext(args[0], lanes_of(double, REAL[64]))
+
+    return double(vector), code
+
+
 def total(vector):
     """Sum of the numbers of a vector, in float64."""
     return float(np.sum(vector, dtype=np.float64))
