@@ -36,8 +36,8 @@ def one_sentence() -> Iterator[None]:
     except ValueError as error:
         raise TyperException(str(error)) from error
     except OSError as error:
-        plain = error.filename is None or error.strerror is None
-        text = str(error) if plain else f"{error.filename}: {error.strerror.lower()}"
+        told = error.filename is not None and error.strerror is not None
+        text = f"{error.filename}: {str(error.strerror).lower()}" if told else str(error)
         raise TyperException(text) from error
 
 

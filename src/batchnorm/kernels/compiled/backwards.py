@@ -51,8 +51,8 @@ def of_planes(element, number):
             if task.merge:
                 merge_grads_of(task, partials, coefficients, first, last)
             if task.apply:
-                behind = behind_relu if task.mask else grad
-                planes.grad_input(task, behind, x, grad_x, coefficients, first, last, begin, end)
+                arrays = grad, x, mask, behind_relu
+                planes.grad_input(task, arrays, grad_x, coefficients, first, last, begin, end)
 
     return backward
 

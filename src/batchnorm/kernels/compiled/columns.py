@@ -136,7 +136,7 @@ def _normalize(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zer
     first, last = _rows_of(slab, slabs, x)
     width = x.shape[1]
     by_vector = _masked_by_vector(x)
-    streamed = is_streamed(x, y)
+    streamed = is_streamed(x, y, task.collected)
     options = task.residual != 0, task.relu != 0, task.mask != 0 and by_vector, streamed
     for row in range(first, last, GROUP):
         for left in range(0, width, lanes):
@@ -170,7 +170,7 @@ def _grad_sums(task, arrays, coefficients, partials, work, slab, lanes, zero):
     first, last = _rows_of(slab, len(partials), x)
     width, partial = x.shape[1], partials[slab]
     gated, has_mask = task.relu != 0 and task.mask == 0, task.mask != 0 and _masked_by_vector(x)
-    streamed = has_mask and is_streamed(x, behind_relu)
+    streamed = has_mask and is_streamed(x, behind_relu, task.collected)
     options = gated, has_mask, streamed
     partial[:] = 0
     for start in range(first, last, ROWS):
@@ -209,8 +209,8 @@ def grad_input(task, grad, x, result, coefficients, slab, slabs):
 def _grad_input(task, grad, x, result, coefficients, slab, slabs, lanes, zero):
     first, last = _rows_of(slab, slabs, x)
     width = x.shape[1]
-    streamed = is_streamed(x, result)
-    options = task.fixed != 0, task.relu != 0 and task.mask == 0, streamed
+    streamed = is_streamed(x, result, task.collected)
+    options = task.fixed != 0, task.relu != 0 and task.mask == 0, False, streamed
     for row in range(first, last, GROUP):
         for left in range(0, width, lanes):
             k, stop = min(left, width - lanes), min(row + GROUP, last)

@@ -90,14 +90,15 @@ def run(which: Pass, steps: tuple[str, ...], x: Tensor, tensors: Tensors, option
     team = team_for(x)
     block = _borrowed(_needed(geometry, team))
     addresses = _memory(geometry, block, x, tensors)
+    collected = "collect" in steps
     place = (*addresses, *geometry[1:], x.numel() // x.shape[1])
     if team == 1:
-        kernel.call(LAYOUT.pack(*place, *_flags(steps), False, *options), 0, 1)
-    elif "collect" in steps and shares_channels(geometry, team):
-        _share(kernel, LAYOUT.pack(*place, *_flags(steps), False, *options), team)
+        kernel.call(LAYOUT.pack(*place, *_flags(steps), False, collected, *options), 0, 1)
+    elif collected and shares_channels(geometry, team):
+        _share(kernel, LAYOUT.pack(*place, *_flags(steps), False, collected, *options), team)
     else:
         for together in _parts(steps):
-            task = LAYOUT.pack(*place, *_flags(together), True, *options)
+            task = LAYOUT.pack(*place, *_flags(together), True, collected, *options)
             _share(kernel, task, team if together[0] in SHARED else 1)
     _kept.block = block
 

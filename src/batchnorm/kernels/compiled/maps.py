@@ -72,15 +72,18 @@ def add_grads(arrays, options, r, k, skip, numbers, sums, zero):
 
 
 @njit(forceinline=True)
-def grad_input(grad, x, result, options, r, k, numbers, zero):
+def grad_input(grad, x, mask, result, options, r, k, numbers, zero):
     """``result = scale * grad + tilt * x_hat + level``, or just ``scale * grad`` if ``fixed``.
 
-    ``options`` are whether statistics are fixed, the gradient is gated, the result streamed.
+    ``options`` are whether statistics are fixed, the gradient is gated by ``x`` or by the mask, the
+    result streamed.
     """
-    fixed, gated, streamed = options
+    fixed, gated, has_mask, streamed = options
     centre, inv_std, scale, offset, tilt, level = numbers
     element = load(x, r, k, zero)
     g = load(grad, r, k, zero)
+    if has_mask:
+        g = where_passed(mask, r, k, g, zero)
     value = scale * _gradient(gated, g, element, x, centre, scale, offset, zero)
     if not fixed:
         value = fused((element - centre) * inv_std, tilt, value) + level

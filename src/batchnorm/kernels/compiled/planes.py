@@ -41,6 +41,8 @@ BLOCK = 65536
 # Neighbouring channels are gone through together if their rows are short: so many at the most, so
 # many bytes of a sample, and so many in all.
 TOGETHER, RUN, KEPT = 64, 16384, 1 << 19
+# A row that is nowhere, however many are added.
+NOWHERE = -(1 << 60)
 # Where the centres begin in ``work``; before them are two rows of sums for each channel.
 CENTRES = 2 * TOGETHER
 WORK = (3 * TOGETHER, FEW)
@@ -129,17 +131,17 @@ def _count(x, channels, pieces):
 
 @njit
 def normalize(task, x, residual, y, mask, coefficients, first, last, begin, end):
-    """``y`` of some pieces of some channels, the last pieces first: they are still cached."""
-    streamed = is_streamed(x, y)
+    """``y`` of some pieces of some channels, the last ones first if they are still cached."""
+    streamed = is_streamed(x, y, task.collected)
     options = task.residual != 0, task.relu != 0, task.mask != 0, streamed
+    ahead_by = _ahead(task, first, last)
     vectors = zeros(x, LANES), zeros(x, FEW)
-    for piece in range(end - 1, begin - 1, -1):
+    for piece in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
         for c in range(first, last):
             r, start, stop = _bounds(piece, task.channels, c, x)
             numbers = coefficients[CENTRE, c], coefficients[SCALE, c], coefficients[OFFSET, c]
-            rows.normalize(
-                x, residual, y, mask, options, r, start, stop, numbers, r + last - first, vectors
-            )
+            ahead = r + ahead_by
+            rows.normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, vectors)
     if streamed:
         finish_streams()
 
@@ -149,7 +151,7 @@ def grad_sums(task, grad, x, mask, behind_relu, partials, coefficients, work, fi
     """Sums of the gradient behind the ReLU; a mask's gradient is written to ``behind_relu``."""
     begin, end = share_of_pieces(x, task.channels, slab, len(partials))
     has_mask = task.mask != 0
-    streamed = has_mask and is_streamed(x, behind_relu)
+    streamed = has_mask and is_streamed(x, behind_relu, task.collected)
     options = task.relu != 0 and not has_mask, has_mask, streamed
     arrays = grad, x, mask, behind_relu
     step, group = _pieces_of_block(x), group_size(x, task.channels, 2)
@@ -183,23 +185,29 @@ def _add_grads(arrays, options, channels, coefficients, work, first, last, piece
 
 
 @njit
-def grad_input(task, grad, x, result, coefficients, first, last, begin, end):
-    """Gradient of the input, the last pieces first. With a mask, ``grad`` lies behind the ReLU."""
-    streamed = is_streamed(x, result)
-    options = task.fixed != 0, task.relu != 0 and task.mask == 0, streamed
+def grad_input(task, arrays, result, coefficients, first, last, begin, end):
+    """Gradient of the input, the last pieces first if they are still cached."""
+    x = arrays[1]
+    streamed, has_mask = is_streamed(x, result, task.collected), task.mask != 0
+    options = task.fixed != 0, task.relu != 0 and not has_mask, has_mask, streamed
+    ahead_by = _ahead(task, first, last)
     vectors = zeros(x, LANES), zeros(x, FEW)
-    for piece in range(end - 1, begin - 1, -1):
+    for piece in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
         for c in range(first, last):
             r, start, stop = _bounds(piece, task.channels, c, x)
             numbers = (
                 coefficients[CENTRE, c], coefficients[INV_STD, c], coefficients[SCALE, c],
                 coefficients[OFFSET, c], coefficients[TILT, c], coefficients[LEVEL, c],
             )  # fmt: skip
-            rows.grad_input(
-                grad, x, result, options, r, start, stop, numbers, r + last - first, vectors
-            )
+            rows.grad_input(arrays, result, options, r, start, stop, numbers, r + ahead_by, vectors)
     if streamed:
         finish_streams()
+
+
+@njit
+def _ahead(task, first, last):
+    """How many rows ahead to prefetch: to the channels that are collected next, if any are."""
+    return last - first if task.collected else NOWHERE
 
 
 @njit

@@ -69,7 +69,8 @@ def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, vec
     wide, few = vectors
     end = stop - (stop - start) % LANES
     for j in range(start, end, LANES):
-        prefetch(x, ahead, j, wide)
+        if ahead >= 0:
+            prefetch(x, ahead, j, wide)
         maps.normalize(x, residual, y, mask, options, r, j, _filled3(numbers, wide), wide)
     has_residual, relu, has_mask, _ = options
     whole = stop - (stop - end) % FEW if has_mask else stop
@@ -108,17 +109,29 @@ def add_grads(arrays, options, r, start, stop, numbers, work, k, vectors):
 
 
 @njit(forceinline=True)
-def grad_input(grad, x, result, options, r, start, stop, numbers, ahead, vectors):
-    """`maps.grad_input` of a part of a row."""
+def grad_input(arrays, result, options, r, start, stop, numbers, ahead, vectors):
+    """`maps.grad_input` of a part of a row.
+
+    With a mask, the gradient is taken through it once more: it is still cached, while what
+    `add_grads` wrote behind the ReLU may have been streamed to memory.
+    """
+    grad, x, mask, behind_relu = arrays
+    fixed, gated, has_mask, streamed = options
     wide, few = vectors
     end = stop - (stop - start) % LANES
     for j in range(start, end, LANES):
-        prefetch(x, ahead, j, wide)
-        prefetch(grad, ahead, j, wide)
-        maps.grad_input(grad, x, result, options, r, j, _filled6(numbers, wide), wide)
-    for j in range(end, stop, FEW):
+        if ahead >= 0:
+            prefetch(x, ahead, j, wide)
+            prefetch(grad, ahead, j, wide)
+        maps.grad_input(grad, x, mask, result, options, r, j, _filled6(numbers, wide), wide)
+    whole = stop - (stop - end) % FEW if has_mask else stop
+    of_few = _filled6(numbers, few)
+    for j in range(end, whole, FEW):
         k = min(j, stop - FEW)
-        maps.grad_input(grad, x, result, options, r, k, _filled6(numbers, few), few)
+        maps.grad_input(grad, x, mask, result, options, r, k, of_few, few)
+    if whole < stop:
+        unmasked = fixed, gated, False, streamed
+        maps.grad_input(behind_relu, x, mask, result, unmasked, r, stop - FEW, of_few, few)
 
 
 @njit(forceinline=True)

@@ -70,9 +70,9 @@ def grad_input(grad, x, result, coefficients, options, first, last, k, zero):
         load(coefficients, TILT, k, zero),
         load(coefficients, LEVEL, k, zero),
     )
-    streamed = options[2]
+    streamed = options[3]
     for r in range(first, last):
         if streamed:
             prefetch(x, r + last - first, k, zero)
             prefetch(grad, r + last - first, k, zero)
-        maps.grad_input(grad, x, result, options, r, k, numbers, zero)
+        maps.grad_input(grad, x, x, result, options, r, k, numbers, zero)

@@ -44,10 +44,11 @@ NUMBERS = (
     "collect",
     "merge",
     "apply",
-    # How they are done: threads share slabs, not channels; a ReLU is fused; mean and variance are
-    # constants; the sums are given; the sums are wanted as the elements are computed, not in
-    # float64.
+    # How they are done: threads share slabs, not channels; what is applied was collected before,
+    # in this call or in one just before; a ReLU is fused; mean and variance are constants; the sums
+    # are given; the sums are wanted as the elements are computed, not in float64.
     "by_slab",
+    "collected",
     "relu",
     "fixed",
     "given",

@@ -26,9 +26,10 @@ from batchnorm.kernels.compiled.elements import narrow, widen
 LANES, FEW = 64, 16
 # Bytes of a cache line.
 LINE = 64
-# Bytes of an array from which on results are written past the caches: the next layer would not
-# find them there anyway.
-STREAMED = 1 << 22
+# Bytes of an array from which on results are written past the caches, because the next layer would
+# not find them there anyway: sooner in training, where they would take the place of what is read
+# twice.
+STREAMED, STREAMED_ALONE = 1 << 22, 1 << 25
 REAL = {32: ir.FloatType(), 64: ir.DoubleType()}
 WORD = ir.IntType(32)
 
@@ -268,10 +269,11 @@ def _stream_vector(context, array, row, column, value):
 
 
 @njit
-def is_streamed(x, result):
+def is_streamed(x, result, collected):
     """Whether ``result`` is worth it and fit for it: its rows are whole lines of the cache."""
+    least = STREAMED if collected else STREAMED_ALONE
     aligned = result.ctypes.data % LINE == 0 and result.strides[0] % LINE == 0
-    return x.nbytes >= STREAMED and x.shape[1] >= LANES and aligned
+    return x.nbytes >= least and x.shape[1] >= LANES and aligned
 
 
 def finish_streams():
