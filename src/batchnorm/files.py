@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import IO
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that appears at ``path`` when the block ends, and never if the block fails.
 
+    It is on the disk before it gets its name, so that also after a crash of the machine what is
+    there is whole: the old one or the new one.
+
     Args:
         path: What is there is replaced; the folder must exist.
 
@@ -24,17 +28,34 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(descriptor)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    _keep_names(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Puts ``text``, in UTF-8, at ``path``."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def _keep_names(folder: Path) -> None:
+    """Puts the names of a folder's files on the disk; without it a crash may bring back old ones."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Some file systems keep names only as they like.
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
