@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from batchnorm.tools.recalibration import recalibrate
-from batchnorm.tools.recalibration.ranks import together
+from batchnorm.tools.recalibration.ranks import Fate, uninterrupted
 from recalibration_cases import bits, net, normal
 
 BATCHES = [normal(size, 3, 8, 8, seed=size) for size in (4, 7, 3, 5)]
@@ -35,7 +40,11 @@ def on_two_ranks(work, *args, tmp_path):
 def _rank(rank, work, args, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
     )
     try:
         result = work(rank, *args), None
@@ -106,7 +115,162 @@ def test_no_data_on_any_rank_is_refused(tmp_path):
     assert on_two_ranks(without_data, tmp_path=tmp_path) == [True, True]
 
 
-def test_one_process_is_together_with_itself():
-    assert together(lambda: 3) == (3, [3])
-    with pytest.raises(OSError, match="disk gone"):
-        together(lambda: (_ for _ in ()).throw(OSError("disk gone")))
+def failing_in_turn(rank, cases):
+    """One case after the other, in the same processes: a failure leaves them fit for the next."""
+    messages = []
+    for case in cases:
+        model = net()
+        before = bits(model)
+        with pytest.raises(BaseException) as caught:
+            case(model, rank)
+        assert bits(model) == before, case
+        messages.append(f"{type(caught.value).__name__}: {caught.value}")
+    return messages
+
+
+def interrupted_loader(model, rank):
+    def loader():
+        yield BATCHES[0]
+        if rank == 1:
+            raise KeyboardInterrupt
+
+    recalibrate(model, loader())
+
+
+def interrupted_model(model, rank, sequential=False):
+    calls = []
+
+    def forward(model, batch):
+        calls.append(None)
+        if rank == 1 and len(calls) == (6 if sequential else 2):
+            raise SystemExit(3)
+        model(batch)
+
+    recalibrate(model, BATCHES, forward=forward, sequential=sequential)
+
+
+def interrupted_model_in_a_later_pass(model, rank):
+    interrupted_model(model, rank, sequential=True)
+
+
+def interrupted_while_waiting(model, rank):
+    """Ctrl-C reaches rank 0 while it waits for the slower rank 1."""
+
+    def loader():
+        yield BATCHES[0]
+        if rank == 0:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            time.sleep(1)
+
+    recalibrate(model, loader())
+
+
+def wrong_layers(model, rank):
+    recalibrate(model, BATCHES, layers=["9"] if rank == 1 else None)
+
+
+def wrong_number(model, rank):
+    recalibrate(model, BATCHES, tolerance=2 if rank == 0 else None)
+
+
+def other_layers(model, rank):
+    recalibrate(model, BATCHES, layers=["1"] if rank == 1 else None)
+
+
+def other_way(model, rank):
+    recalibrate(model, BATCHES, sequential=rank == 1)
+
+
+class Unwritable(torch.Tensor):
+    def fill_(self, value):
+        raise OSError("read only")
+
+
+def unwritable(model, rank):
+    counter = model[4].num_batches_tracked
+    if rank == 1:
+        model[4].num_batches_tracked = counter.as_subclass(Unwritable)
+    try:
+        recalibrate(model, BATCHES)
+    finally:
+        model[4].num_batches_tracked = counter
+
+
+REST = "so nothing is changed on any"
+DIFFERENT = "ValueError: recalibrate: all ranks must give the same layers and the same sequential, "
+
+
+@pytest.mark.parametrize(
+    ("cases", "messages"),
+    [
+        (
+            (interrupted_loader, interrupted_model, interrupted_model_in_a_later_pass),
+            [
+                (f"rank 1 failed, {REST}: KeyboardInterrupt", "KeyboardInterrupt: "),
+                (f"rank 1 failed, {REST}: SystemExit: 3", "SystemExit: 3"),
+                (f"rank 1 failed, {REST}: SystemExit: 3", "SystemExit: 3"),
+            ],
+        ),
+        (
+            (wrong_layers, wrong_number, other_layers, other_way),
+            [
+                (f"rank 1 failed, {REST}: ValueError: recalibrate: no batch", "layer fits '9'"),
+                ("between 0 and 1, got 2", f"rank 0 failed, {REST}: ValueError: recalibrate: tol"),
+                (f"{DIFFERENT}and rank 1 differs from rank 0 with 1 layers against 2 layers.",) * 2,
+                (f"{DIFFERENT}and rank 1 differs from rank 0 with 2 layers, sequential aga",) * 2,
+            ],
+        ),
+        (
+            (interrupted_while_waiting, unwritable),
+            [
+                ("KeyboardInterrupt: ", f"rank 0 failed, {REST}: KeyboardInterrupt"),
+                (f"rank 1 failed, {REST}: OSError: read only", "OSError: read only"),
+            ],
+        ),
+    ],
+    ids=["interrupted", "wrong", "late"],
+)
+def test_whatever_stops_one_rank_stops_all(cases, messages, tmp_path):
+    found = zip(*on_two_ranks(failing_in_turn, cases, tmp_path=tmp_path), strict=True)
+    for of_ranks, expected in zip(found, messages, strict=True):
+        for message, part in zip(of_ranks, expected, strict=True):
+            assert part in message
+
+
+def test_one_process_shares_with_itself():
+    with Fate() as fate:
+        assert fate.share(3) == [3]
+        fate.agree()
+    with pytest.raises(OSError, match="disk gone"), Fate():
+        raise OSError("disk gone")
+
+
+def test_an_interruption_waits_for_the_end_of_the_block():
+    done = []
+
+    def work():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("first")
+            signal.raise_signal(signal.SIGINT)
+            done.append("second")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        work()
+    assert done == ["first"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_have_no_interruption_to_wait_for():
+    done = []
+
+    def work():
+        with uninterrupted():
+            done.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [signal.getsignal(signal.SIGINT)]

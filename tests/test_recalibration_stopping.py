@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict, UserDict, namedtuple
 
 import pytest
@@ -211,6 +212,74 @@ def test_a_model_that_fails_changes_nothing(error):
     assert recalibrate(model, [normal(4, 3, 8, 8)]).unreached == ()
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("place", ["loader", "model", "first layer", "last layer"])
+def test_an_interruption_of_any_pass_leaves_no_trace(place, sequential):
+    model = net()
+    batches = [normal(4, 3, 8, 8, seed=seed) for seed in range(3)]
+    due = 5 if sequential else 2  # in the pass of the first layer, or in the only one
+    if place == "last layer" and sequential:
+        due = 4  # the pass of the first layer ends before it; this is that of the last
+
+    class Loader:
+        taken = 0
+
+        def __iter__(self):
+            for batch in batches:
+                self.taken += 1
+                if place == "loader" and self.taken == due:
+                    raise KeyboardInterrupt
+                yield batch
+
+    calls = []
+
+    def interrupt(*call):
+        calls.append(None)
+        if len(calls) == due:
+            raise KeyboardInterrupt
+
+    hooked = {"model": model[0], "first layer": model[1], "last layer": model[4]}.get(place)
+    if hooked is not None:
+        hooked.register_forward_pre_hook(interrupt)
+    before = bits(model)
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, Loader(), sequential=sequential)
+    assert place == "loader" or len(calls) == due
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_calls_from_another_thread_are_no_data(sequential):
+    model, alone = net().eval(), net().eval()
+    batches = [normal(4, 3, 8, 8, seed=seed) for seed in range(6)]
+    others = normal(4, 3, 8, 8, mean=100)
+    stop, failures = threading.Event(), []
+
+    def evaluate():
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    assert model(others).shape == (4, 5, 4, 4)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=evaluate)
+    before = bits(model)
+    thread.start()
+    result = recalibrate(model, batches, sequential=sequential)
+    stop.set()
+    thread.join()
+    assert failures == []
+    recalibrate(alone, batches, sequential=sequential)
+    assert_close(model.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    assert [change.calls for change in result.layers] == [6, 6]
+    after = bits(model)
+    assert after["modules"] == before["modules"]
+    moved = {name for name, value in before["tensors"].items() if after["tensors"][name] != value}
+    kinds = ("running_mean", "running_var", "num_batches_tracked")
+    assert moved == {f"{layer}.{kind}" for layer in "14" for kind in kinds}
+
+
 def test_an_interrupted_write_is_undone(monkeypatch):
     model = net()
     before = bits(model)
@@ -275,6 +344,34 @@ def test_channels_in_another_dimension_are_refused():
     model = nn.Sequential(ChannelsLast(3))
     with pytest.raises(ValueError, match=r"layer '0' .* its 3 channels in dimension 1, got shape"):
         recalibrate(model, [normal(4, 5, 3)])
+
+
+def test_layers_may_name_their_input_as_they_like():
+    class Named(nn.BatchNorm1d):
+        def forward(self, x, scale=1.0):
+            return super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = Named(2)
+
+        def forward(self, x):
+            return self.norm(scale=2.0, x=x)
+
+    model, x = Net(), normal(7, 2)
+    recalibrate(model, x.split(3))
+    assert_close(model.norm.running_mean, x.mean(0))
+
+
+def test_a_layer_without_a_tensor_is_refused():
+    class OfArrays(nn.BatchNorm1d):
+        def forward(self, values):
+            return super().forward(torch.tensor(values))
+
+    model = nn.Sequential(OfArrays(2))
+    with pytest.raises(TypeError, match=r"layer '0' \(OfArrays\) was called without a tensor, so"):
+        recalibrate(model, [normal(4, 2)], forward=lambda m, x: m(x.tolist()))
 
 
 @pytest.mark.parametrize("sequential", [False, True])

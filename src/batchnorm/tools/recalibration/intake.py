@@ -59,7 +59,7 @@ class Intake:
         dtype = torch.float64 if isinstance(layer, LAYERS) else layer.running_mean.dtype
         self._mean = layer.running_mean.detach().to(dtype, copy=True)
         self._var = layer.running_var.detach().to(dtype, copy=True)
-        self._lock = threading.Lock()
+        self._thread = threading.get_ident()
         self.normalizes_by_batch = True
         self.enough: int | None = None
         self.first_call = -1
@@ -86,13 +86,21 @@ class Intake:
         self._var.copy_(var)
 
     def collect(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook: runs before each call of the layer.
+        """The hook: runs before each call of the layer; those of other threads are not ours.
 
         Raises:
+            TypeError: The layer gets no tensor.
             ValueError: The channels are not in dimension 1.
             Enough: Nothing more of this batch will come.
         """
-        x = args[0] if args else kwargs["input"]
+        if threading.get_ident() != self._thread:
+            return
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if x is None:
+            raise TypeError(
+                f"recalibrate: layer {self.name!r} ({type(layer).__name__}) was called without a "
+                "tensor, so there is nothing to collect; leave it out with layers."
+            )
         if x.dim() < 2 or x.shape[1] != self._mean.numel():
             raise ValueError(
                 f"recalibrate: layer {self.name!r} ({type(layer).__name__}) must get its "
@@ -100,7 +108,7 @@ class Intake:
                 "it out with layers."
             )
         if x.numel() > 0:
-            with torch.no_grad(), self._lock:
+            with torch.no_grad():
                 self._take(functional.moments(x.detach()))
         if self._calls_of_batch == self.enough:
             raise Enough

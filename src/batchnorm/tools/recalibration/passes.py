@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from batchnorm.moments import unbiased_var
-from batchnorm.tools.recalibration.feeding import Feeder, Passed
+from batchnorm.tools.recalibration.feeding import Feeder
 from batchnorm.tools.recalibration.intake import Collected, Intake, listening, merged
-from batchnorm.tools.recalibration.ranks import together
+from batchnorm.tools.recalibration.ranks import Fate
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,16 @@ class Outcome:
     stopped: str | None = None
 
 
-def in_one_pass(feeder: Feeder, intakes: Mapping[str, Intake], tolerance: float | None) -> Outcome:
+def in_one_pass(
+    feeder: Feeder, intakes: Mapping[str, Intake], tolerance: float | None, fate: Fate
+) -> Outcome:
     """All layers collect, each normalizing by the batch at hand.
 
     Args:
         feeder: Gives the batches.
         intakes: By name.
         tolerance: Relative standard error at which the pass may end; None goes on to the end.
+        fate: That of all ranks.
 
     Raises:
         ValueError: There is no data, or it makes no statistics.
@@ -51,14 +54,11 @@ def in_one_pass(feeder: Feeder, intakes: Mapping[str, Intake], tolerance: float 
             intake.end_batch()
         return tolerance is not None and _precise(intakes, tolerance)
 
-    def collect() -> tuple[Passed, dict[str, Collected]]:
-        with listening(intakes.values()):
-            passed = feeder.run(end_batch)
-        reached = [intake for intake in intakes.values() if intake.first_call >= 0]
-        reached.sort(key=lambda intake: intake.first_call)
-        return passed, {intake.name: intake.collected() for intake in reached}
-
-    (own, _), results = together(collect)
+    with listening(intakes.values()):
+        own = feeder.run(end_batch)
+    reached = [intake for intake in intakes.values() if intake.first_call >= 0]
+    reached.sort(key=lambda intake: intake.first_call)
+    results = fate.share((own, {intake.name: intake.collected() for intake in reached}))
     samples = sum(passed.samples for passed, _ in results)
     if samples == 0:
         raise ValueError("recalibrate: batches gave no samples; the model is as it was.")
@@ -73,7 +73,7 @@ def in_one_pass(feeder: Feeder, intakes: Mapping[str, Intake], tolerance: float 
     )
 
 
-def in_turn(feeder: Feeder, intakes: Mapping[str, Intake], first: Outcome) -> Outcome:
+def in_turn(feeder: Feeder, intakes: Mapping[str, Intake], first: Outcome, fate: Fate) -> Outcome:
     """One layer after the other collects, all normalizing as in evaluation.
 
     Args:
@@ -81,6 +81,7 @@ def in_turn(feeder: Feeder, intakes: Mapping[str, Intake], first: Outcome) -> Ou
         intakes: By name.
         first: What came out of `in_one_pass`: the order, the number of batches, and statistics for
             layers that run before their turn.
+        fate: That of all ranks.
 
     Raises:
         ValueError: The batches are not as many as in the first pass, or make no statistics.
@@ -91,7 +92,7 @@ def in_turn(feeder: Feeder, intakes: Mapping[str, Intake], first: Outcome) -> Ou
     collected, new = {}, {}
     for name in first.new:
         intake = intakes[name]
-        _, results = together(lambda intake=intake: _collect_one(feeder, intake, first))
+        results = fate.share(_collect_one(feeder, intake, first))
         parts = merged({name: part} for part in results)
         if name not in parts:
             raise ValueError(f"recalibrate: layer {name!r} was reached in the first pass only.")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 from torch import distributed
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -16,29 +20,82 @@ class _Failure:
     error: str
 
 
-def together(work: Callable[[], Result]) -> tuple[Result, list[Result]]:
-    """Works, and hands the result to all ranks.
+class Fate:
+    """What all ranks go through together, each in a ``with`` block of its own.
 
-    No rank waits for another while it works, so they may have more or less to do, or nothing.
-
-    Returns:
-        The own result, and those of all ranks in their order; without processes just the own one.
-
-    Raises:
-        RuntimeError: It failed on another rank. What fails on this rank is raised as it is.
+    A rank that leaves its block by any exception before `agree` tells the others in place of what
+    they would get from it next, so that none waits for ever. Between two of these calls no rank
+    waits for another: they may have more or less to do, or nothing.
     """
+
+    def __init__(self) -> None:
+        self._open = True
+
+    def __enter__(self) -> Fate:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and self._open:
+            message = str(error)
+            with uninterrupted():
+                _exchange(_Failure(type(error).__name__ + (f": {message}" if message else "")))
+
+    def share(self, own: Value) -> list[Value]:
+        """Hands ``own`` to all ranks.
+
+        Returns:
+            Those of all ranks in their order; without processes just the own one.
+
+        Raises:
+            RuntimeError: Another rank failed instead.
+        """
+        with uninterrupted():
+            results = _exchange(own)
+            for rank, result in enumerate(results):
+                if isinstance(result, _Failure):
+                    self._open = False
+                    raise RuntimeError(
+                        f"recalibrate: rank {rank} failed, so nothing is changed on any: "
+                        f"{result.error}"
+                    )
+        return results
+
+    def agree(self) -> None:
+        """Waits until all ranks have come here; afterwards each goes its own way.
+
+        Raises:
+            RuntimeError: Another rank failed instead.
+        """
+        self.share(None)
+        self._open = False
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A Ctrl-C meanwhile is answered when the block has ended; a second one is answered at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    came = False
+
+    def note(*_: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
     try:
-        own = work()
-    except Exception as error:
-        _exchange(_Failure(f"{type(error).__name__}: {error}"))
-        raise
-    results = _exchange(own)
-    for rank, result in enumerate(results):
-        if isinstance(result, _Failure):
-            raise RuntimeError(
-                f"recalibrate: rank {rank} failed, so nothing is changed on any: {result.error}"
-            )
-    return own, results
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _exchange(own: Any) -> list[Any]:

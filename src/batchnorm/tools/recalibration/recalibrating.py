@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.tools.recalibration.feeding import Feeder, Forward, Progress
 from batchnorm.tools.recalibration.intake import Intake
 from batchnorm.tools.recalibration.passes import Outcome, in_one_pass, in_turn
+from batchnorm.tools.recalibration.ranks import Fate, uninterrupted
 from batchnorm.tools.recalibration.result import LayerChange, Recalibration
 from batchnorm.tools.recalibration.standstill import standstill
 from batchnorm.tools.surgery import Choice, Statistics, batch_norms, is_held, keeps_statistics
@@ -62,7 +63,10 @@ def recalibrate(
     Where ``torch.distributed`` is initialized, all ranks call this, and get the moments of the data
     of all; a rank may have fewer batches, or none. No rank waits for another inside of a pass, so
     synchronized layers normalize by the batch of their rank. ``max_samples`` and ``tolerance`` are
-    then for each rank.
+    then for each rank. When one fails or is interrupted, all raise.
+
+    Calls from other threads than the one that calls this are not counted as data. They still get
+    in the meantime what the layers normalize by just then, so their results are worth nothing.
 
     Args:
         model: Any module; not used by others meanwhile.
@@ -84,7 +88,7 @@ def recalibrate(
     Raises:
         TypeError: ``model`` or ``batches`` is of a wrong type, or a batch is.
         ValueError: There is no data, values are not finite, a layer got one value in all, a name in
-            ``layers`` fits nothing, or a number makes no sense.
+            ``layers`` fits nothing, a number makes no sense, or ranks do not ask for the same.
         RuntimeError: Another rank failed. After this and every other exception, also of the loader
             and the model, and after an interruption, the model is what it was, bit for bit.
 
@@ -93,18 +97,21 @@ def recalibrate(
         the exact variance of the population and not the average of the batches'.
     """
     started = time.perf_counter()
-    _check_numbers(max_samples, tolerance)
-    _check_batches(batches, sequential=sequential)
-    intakes, left = _intakes(model, layers)
-    feeder = Feeder(model, batches, forward, max_samples, progress)
-    outcome = Outcome()
-    if intakes:
-        with standstill(model, intakes):
-            outcome = in_one_pass(feeder, intakes, tolerance)
-            if sequential:
-                outcome = in_turn(feeder, intakes, outcome)
-    changes = tuple(_change(intakes[name], outcome) for name in intakes if name in outcome.new)
-    _write({name: intakes[name].layer for name in outcome.new}, outcome)
+    with Fate() as fate:
+        _check_numbers(max_samples, tolerance)
+        _check_batches(batches, sequential=sequential)
+        intakes, left = _intakes(model, layers)
+        _check_alike(fate.share((tuple(intakes), sequential)))
+        feeder = Feeder(model, batches, forward, max_samples, progress)
+        outcome = Outcome()
+        if intakes:
+            with standstill(model, intakes):
+                outcome = in_one_pass(feeder, intakes, tolerance, fate)
+                if sequential:
+                    outcome = in_turn(feeder, intakes, outcome, fate)
+        changes = tuple(_change(intakes[name], outcome) for name in intakes if name in outcome.new)
+        with uninterrupted():
+            _write({name: intakes[name].layer for name in outcome.new}, outcome, fate)
     return Recalibration(
         layers=changes,
         left=left,
@@ -135,6 +142,20 @@ def _check_batches(batches: object, *, sequential: bool) -> None:
             "recalibrate: sequential=True goes through the batches once a layer, and a "
             f"{type(batches).__name__} gives them only once; give a DataLoader or a list."
         )
+
+
+def _check_alike(of_ranks: list[tuple[tuple[str, ...], bool]]) -> None:
+    for rank, other in enumerate(of_ranks):
+        if other != of_ranks[0]:
+            raise ValueError(
+                "recalibrate: all ranks must give the same layers and the same sequential, and "
+                f"rank {rank} differs from rank 0 with {_described(*other)} against "
+                f"{_described(*of_ranks[0])}."
+            )
+
+
+def _described(names: tuple[str, ...], sequential: bool) -> str:
+    return f"{len(names)} layers" + (", sequential" if sequential else "")
 
 
 def _intakes(model: nn.Module, layers: Choice) -> tuple[dict[str, Intake], dict[str, str]]:
@@ -185,8 +206,8 @@ def _change(intake: Intake, outcome: Outcome) -> LayerChange:
     )
 
 
-def _write(layers: Mapping[str, _BatchNorm], outcome: Outcome) -> None:
-    """Writes all, or nothing."""
+def _write(layers: Mapping[str, _BatchNorm], outcome: Outcome, fate: Fate) -> None:
+    """Writes all on all ranks, or nothing."""
     before = Statistics(layers.values())
     try:
         for name, layer in layers.items():
@@ -197,6 +218,7 @@ def _write(layers: Mapping[str, _BatchNorm], outcome: Outcome) -> None:
             layer.running_var.copy_(var)
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(outcome.collected[name].calls)
+        fate.agree()
     except BaseException:
         before.put_back()
         raise
