@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from torch import nn
 
 from batchnorm import cli
 from batchnorm.cli.checkpoint import read
+from batchnorm.cli.recalibration import _network, _progress
+from batchnorm.tools.freezing import is_frozen, unfreeze
 from batchnorm.tools.recalibration import recalibrate
 from recalibration_cases import normal
 
@@ -41,6 +46,23 @@ def shared():
     model.append(model[0])
     return model
 
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = net()
+
+    def forward(self, x):
+        return self.module(x)
+
+def parallel(): return nn.DataParallel(net())
+def bare(): return nn.Flatten()
+def endless():
+    for batch in batches():
+        yield batch
+def loader(): return torch.utils.data.DataLoader([x[0] for x, _ in batches()])
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self): return iter(x for x, _ in batches())
+def stream(): return torch.utils.data.DataLoader(Stream(), batch_size=None)
 def no_net(): return 5
 def no_norm(): return nn.Linear(3, 4)
 def fails(): raise KeyError("no such size")
@@ -178,6 +200,97 @@ def test_layers_that_the_factory_froze_stay(folder, capsys):
 
 def test_a_factory_may_stand_in_a_class(folder, capsys):
     assert run(capsys, "plain.pt", "--dry-run", model="mine:Holder.make")[0] == 0
+
+
+@pytest.mark.parametrize("model", ["net", "Wrapped", "parallel"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "_orig_mod.module."])
+def test_wrappers_on_either_side_do_not_matter(folder, capsys, model, prefix):
+    state = {prefix + key: value for key, value in net().state_dict().items()}
+    torch.save(state, "wrapped.pt")
+    code, _, err = run(capsys, "wrapped.pt", "--out", "new.pt", model=f"mine:{model}")
+    assert code == 0, err
+    new = torch.load("new.pt", weights_only=True)
+    assert_same({key.removeprefix(prefix): value for key, value in new.items()}, expected())
+
+
+def test_a_model_without_parameters_fits_no_checkpoint(folder, capsys):
+    code, _, err = run(capsys, "plain.pt", "--dry-run", model="mine:bare")
+    assert code == 2
+    assert "does not fit the model: it holds, beyond the model, 0.weight and 11 more; name" in err
+
+
+def test_what_the_factory_froze_can_be_unfrozen(folder):
+    sys.path.insert(0, str(folder))
+    network = _network("mine:frozen")
+    assert [layer.training for layer in network] == [False] * 4
+    assert is_frozen(network[1])
+    assert not is_frozen(network[3])
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert unfreeze(network).layers == ("1",)
+    network.train()
+    assert network[1].training
+
+
+# Progress.
+
+
+class Terminal(io.StringIO):
+    """80 columns wide, as rich asks for them."""
+
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, batches, max_samples, passes, calls):
+    """The last line on the terminal after ``calls`` batches of 20 samples."""
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with _progress(batches, max_samples, passes) as tell:
+        for call in range(calls):
+            tell(20 * (call + 1))
+        start = len(terminal.getvalue())
+        time.sleep(0.25)  # the line is drawn ten times a second
+        drawn = terminal.getvalue()[start:]
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in drawn.split("\r")]
+    assert max(map(len, lines)) <= 80
+    return next(line for line in reversed(lines) if line.strip())
+
+
+@pytest.mark.parametrize(
+    ("batches", "max_samples", "passes", "calls", "share"),
+    [
+        ([0] * 10, None, 1, 4, "40 %, 80 samples,"),
+        ([0] * 10, None, 3, 15, "50 %, 300 samples,"),
+        ([0] * 1000, 100, 1, 1, "20 %, 20 samples,"),
+        ([0] * 4, 1000, 1, 1, "25 %, 20 samples,"),
+        (iter([]), 80, 2, 2, "25 %, 40 samples,"),
+        ([0] * 1000, 50, 1, 3, "100 %, 60 samples,"),
+    ],
+)
+def test_progress_is_a_bar_where_the_end_is_known(
+    monkeypatch, batches, max_samples, passes, calls, share
+):
+    line = shown(monkeypatch, batches, max_samples, passes, calls)
+    assert share in line
+    assert "━" in line
+    assert "to go" in line
+
+
+def test_progress_without_a_known_end_counts(monkeypatch):
+    line = shown(monkeypatch, iter([]), None, 1, 3)
+    assert "60 samples, 0:00:00" in line
+    assert "━" not in line
+    assert "%" not in line
+
+
+@pytest.mark.parametrize("data", ["loader", "stream", "endless", "batches"])
+def test_all_kinds_of_data_come_through_the_terminal(folder, capsys, monkeypatch, data):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    arguments = ["recalibrate", "plain.pt", "--dry-run", "--json", "--model", "mine:net"]
+    assert cli.run([*arguments, "--data", f"mine:{data}"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] > 0
 
 
 # Data and options.

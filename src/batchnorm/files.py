@@ -45,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _keep_names(folder: Path) -> None:
-    """Puts the names of a folder's files on the disk; without it a crash may bring back old ones."""
+    """Puts the names of a folder's files on the disk, or a crash may bring back old ones."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -33,14 +33,12 @@ class Checkpoint:
         path: Where it was read.
         content: All of it.
         state: The part that is the ``state_dict``, the same object.
-        prefix: What wrappers put before every key: ``module.`` or ``_orig_mod.``, or both.
         metadata: Of a safetensors file.
     """
 
     path: Path
     content: Any
     state: dict[str, Any]
-    prefix: str
     metadata: dict[str, str] | None
 
     def load_into(self, model: nn.Module) -> None:
@@ -49,9 +47,11 @@ class Checkpoint:
         Raises:
             CheckpointError: It does not fit the model.
         """
-        stripped = {key.removeprefix(self.prefix): value for key, value in self.state.items()}
+        names = self._names_in(model)
         try:
-            missing, unexpected = model.load_state_dict(stripped, strict=False)
+            missing, unexpected = model.load_state_dict(
+                {names[key]: value for key, value in self.state.items()}, strict=False
+            )
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise CheckpointError(f"{self.path} does not fit the model: {reason}.") from error
@@ -76,8 +76,9 @@ class Checkpoint:
         """
         new = {id(tensor) for name in layers for tensor in model.get_submodule(name).buffers()}
         current = model.state_dict(keep_vars=True)
+        names = self._names_in(model)
         for key, old in self.state.items():
-            tensor = current.get(key.removeprefix(self.prefix))
+            tensor = current.get(names[key])
             if id(tensor) in new and tensor is not None:
                 value = tensor.detach().to(old.dtype, copy=True)
                 if not value.isfinite().all():
@@ -85,6 +86,11 @@ class Checkpoint:
                         f"{self.path}: the new {key} is too large for {old.dtype}."
                     )
                 self.state[key] = value
+
+    def _names_in(self, model: nn.Module) -> dict[str, str]:
+        """The model's name of each key; either side may be wrapped, and the other not."""
+        ours, theirs = _prefix(self.state), _prefix(model.state_dict())
+        return {key: theirs + key.removeprefix(ours) for key in self.state}
 
     def write(self, path: Path) -> None:
         """Writes all of it, whole or not at all, in the format in which it was read.
@@ -118,7 +124,7 @@ def read(path: Path) -> Checkpoint:
             f"{path} holds no state_dict, neither as a whole nor under "
             f"{' or '.join(map(repr, _PLACES))}; save model.state_dict()."
         )
-    return Checkpoint(path, content, state, _prefix(state), metadata)
+    return Checkpoint(path, content, state, metadata)
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, str] | None]:
@@ -173,11 +179,16 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
 
 
 def _prefix(state: Mapping[str, Any]) -> str:
+    """What stands before every key as wrappers put it: ``module.``, ``_orig_mod.``, both, or none.
+
+    A model may have a child of that name; since both sides are asked, that does no harm.
+    """
     prefix = ""
-    while True:
+    while state:
         for wrapper in _WRAPPERS:
             if all(key.startswith(prefix + wrapper) for key in state):
                 prefix += wrapper
                 break
         else:
-            return prefix
+            break
+    return prefix

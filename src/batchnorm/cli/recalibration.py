@@ -16,6 +16,7 @@ from batchnorm.cli.options import INTERRUPTED, Json, Threads, one_sentence, prin
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.nn.modules.batchnorm import _BatchNorm
 
     from batchnorm.tools.recalibration import Recalibration
 
@@ -77,7 +78,8 @@ def recalibrate(
     with one_sentence():
         stored.load_into(network)
     batches = _batches(data, batch_size, network)
-    with _progress() as progress:
+    passes = _passes(network, layers or None) if sequential else 1
+    with _progress(batches, max_samples, passes) as progress:
         result = _recalibrated(
             network,
             batches,
@@ -119,7 +121,11 @@ def _network(spec: str) -> nn.Module:
     from torch import nn
 
     from batchnorm.cli import user_code
-    from batchnorm.tools.surgery import batch_norms
+    from batchnorm.tools.freezing import freeze
+    from batchnorm.tools.surgery import is_held, keeps_statistics
+
+    def is_frozen(_: str, layer: _BatchNorm) -> bool:
+        return not layer.training and keeps_statistics(layer) and not is_held(layer)
 
     network = user_code.returned("--model", spec)
     if not isinstance(network, nn.Module):
@@ -127,9 +133,8 @@ def _network(spec: str) -> nn.Module:
             f"--model {spec} must return a torch.nn.Module, got a {type(network).__name__}"
         )
     if network.training:
-        for layer in batch_norms(network, caller="recalibrate").values():
-            if not layer.training:
-                vars(layer)["_batchnorm_frozen"] = True  # Outlives the eval() of everything.
+        with one_sentence():
+            freeze(network, is_frozen, affine=False)  # Outlives the eval() of everything.
     return network.eval()
 
 
@@ -211,20 +216,59 @@ def _call(network: nn.Module, batches: Iterable[Any], options: dict[str, Any]) -
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """A line on stderr that is told how many samples have passed."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def _progress(
+    batches: Iterable[Any], max_samples: int | None, passes: int
+) -> Iterator[Callable[[int], None]]:
+    """A line on stderr that is told, after each batch, how many samples have passed.
 
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} samples"), TimeElapsedColumn())
+    Args:
+        batches: Of one pass; where their number is known, the line is a bar with the time left.
+        max_samples: The same holds for this number; whichever is reached first ends a pass.
+        passes: How many there may be.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    length, seen = _length(batches), 0
+    is_known = bool(length or max_samples)
+    columns = [SpinnerColumn(), TextColumn("{task.fields[samples]:,} samples,"), Elapsed()]
+    if is_known:
+        columns[1:1] = [BarColumn(), TextColumn("{task.percentage:>3.0f} %,")]
+        columns += [TextColumn("gone,"), Remaining(), TextColumn("to go")]
+
+    def tell(samples: int) -> None:
+        nonlocal seen
+        seen += 1
+        done = max(seen / length if length else 0, samples / max_samples if max_samples else 0)
+        bar.update(task, samples=samples, completed=min(done / passes, 1) if is_known else 0)
+
     with Progress(
         *columns,
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
     ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda samples: bar.update(task, completed=samples)
+        task = bar.add_task("", total=1 if is_known else None, samples=0)
+        yield tell
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """How many batches there are; None where they do not tell, as a loader of a stream."""
+    try:
+        return len(batches)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+def _passes(network: nn.Module, layers: list[str] | None) -> int:
+    """How many `recalibrate` makes at most with sequential=True."""
+    from batchnorm.tools.surgery import batch_norms, is_held, keeps_statistics
+
+    with one_sentence():
+        chosen = batch_norms(network, layers, caller="recalibrate").values()
+    return 1 + sum(keeps_statistics(layer) and not is_held(layer) for layer in chosen)
 
 
 def _show(result: Recalibration, checkpoint: Path, out: Path | None, *, as_json: bool) -> None:
