@@ -181,6 +181,9 @@ def test_recalibration_is_measured_against_the_true_statistics(capsys, monkeypat
     tables = [lines.index(line) for line in lines if "update_bn" in line and "precise BN" in line]
     assert lines[0].startswith("ResNet-18, 36 images of 32 x 32 in batches of 16, ")
     last_rows = [line.split() for line in lines if line.startswith("3 ")]
+    floors = [float(line.split()[-2]) for line in lines if "without batch norm:" in line]
+    assert len(floors) == 2
+    assert min(floors) > 0
     assert len(tables) >= 2
     assert len(last_rows) == 2
     for _, ours, _, theirs, _, precise, _ in last_rows:
