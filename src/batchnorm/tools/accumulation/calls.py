@@ -7,6 +7,7 @@ statistics through a weight and a bias that depend on them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
+from batchnorm.tools.surgery import input_of
 
 _SWAPPED = ("weight", "bias", "running_mean", "running_var")
 
@@ -83,7 +85,10 @@ class _Stop(BaseException):
 
 
 class Replay:
-    """Runs forward passes under the statistics that are known so far.
+    """Runs forward passes under the statistics that are known so far, in the thread that made this.
+
+    A call from another thread would see a layer whose statistics and weights are swapped, so it is
+    refused before it changes anything.
 
     Args:
         layers: The layers whose calls are intercepted, by name.
@@ -97,6 +102,7 @@ class Replay:
         self.calls: list[Call] = []
         self.layers = layers
         self._names = {layer: name for name, layer in layers.items()}
+        self._thread = threading.get_ident()
         self._place = 0
         self._stop_at: int | None = None
         self._reached: Reached | None = None
@@ -138,7 +144,13 @@ class Replay:
 
     def _before(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self._names[layer]
-        x = args[0] if args else kwargs["input"]
+        in_backward = torch._C._current_graph_task_id() != -1
+        if threading.get_ident() != self._thread and not in_backward:
+            raise RuntimeError(
+                f"accumulate: layer {name!r} is called from another thread while accumulate is at "
+                "work on it; wait for its end, or give that thread a copy of the model."
+            )
+        x = input_of(layer, args, kwargs, name=name, caller="accumulate")
         if not self._running:
             raise RuntimeError(
                 f"accumulate: layer {name!r} is called again during the backward pass; switch "
@@ -156,7 +168,8 @@ class Replay:
         self._swap(layer, call.state(torch.promote_types(x.dtype, torch.float32)))
 
     def _after(self, layer: _BatchNorm, args: Any, output: Any) -> None:
-        self._put_back(layer)
+        if layer in self._swapped and threading.get_ident() == self._thread:
+            self._put_back(layer)
 
     def _swap(self, layer: _BatchNorm, state: Mapping[str, Tensor]) -> None:
         kept = (layer.training, dict(layer._parameters), dict(layer._buffers))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
-from batchnorm.moments import Moments, count_batch, merge, update_running, weight_of_new_batch
+from batchnorm.moments import Moments, merge
 from batchnorm.tools.accumulation.calls import Call, Reached, Replay, normalizes_by_batch
+from batchnorm.tools.accumulation.commit import commit
 from batchnorm.tools.accumulation.micro_batches import Count, MicroBatch, micro_batches
 from batchnorm.tools.surgery import Choice, Statistics, batch_norms, changed, keeps_statistics
 
@@ -31,6 +32,8 @@ class Accumulation:
         calls: Names of the layers that were called in training, in that order.
         forwards: Forward passes of micro-batches, whole ones and parts.
         backwards: Backward passes of micro-batches, whole ones and parts.
+        kept_out: Names of the layers whose running statistics the large batch would have made inf
+            or NaN, so that they and their counters are as before.
     """
 
     loss: float
@@ -38,13 +41,18 @@ class Accumulation:
     calls: tuple[str, ...]
     forwards: int
     backwards: int
+    kept_out: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (
+        done = (
             f"Loss {self.loss:.6g} of {self.micro_batches} micro-batches as one batch: "
             f"{len(self.calls)} calls of batch norm,\n{self.forwards} forward and "
             f"{self.backwards} backward passes, most of them in part."
         )
+        if not self.kept_out:
+            return done
+        layers = ", ".join(name or "the model itself" for name in self.kept_out)
+        return f"{done}\nNot finite, so these layers' statistics are as before: {layers}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -78,12 +86,20 @@ def accumulate(
     is :math:`3 + 4 \sum_l f_l` forwards instead of 3: about :math:`3 + 2 L` for L calls that are
     spread evenly. Measured on a CPU (``benchmarks/accumulation_cost.py``): 7 times as long as plain
     accumulation for LeNet with its 4 calls, 14 times for ResNet-18 with its 20. Memory: the graph
-    of one micro-batch, the inputs of all, a second set of gradients.
+    of one micro-batch, the inputs of all, a second set of gradients and, at the end, a third.
 
     Layers that are frozen (``eval()``) or not chosen stay what they are; the latter then normalize
     each micro-batch by itself. Random numbers of torch (CPU and CUDA) are the same in every pass
     over a micro-batch. Other buffers that a forward pass changes are as after the last micro-batch
     alone. Hooks run in every pass. Only parameters of ``model`` get gradients.
+
+    A large batch that is not finite still gives its gradients, which ``GradScaler`` then refuses;
+    but it does not move running statistics that it would make inf or NaN, nor their counters,
+    whether a guard stands there or not, and the result names those layers. A guard does not count
+    it.
+
+    Meanwhile the model is this thread's alone: a call of a chosen layer from another thread raises
+    a RuntimeError there, changes nothing, and does no harm here.
 
     Args:
         model: Called only by ``loss``.
@@ -99,8 +115,10 @@ def accumulate(
         The mean loss and what it took.
 
     Raises:
-        TypeError: A micro-batch has no tensor and there is no ``count``, or the loss is no tensor.
-        ValueError: There is no micro-batch, one counts for nothing, or a channel has one value.
+        TypeError: A micro-batch has no tensor and there is no ``count``, the loss is no tensor, or
+            a layer is called without one.
+        ValueError: There is no micro-batch, one counts for nothing, a channel has one value, or a
+            layer has neither a momentum nor a counter.
         RuntimeError: The calls are not the same in every pass, what they get is not, the loss has
             no gradient, a layer is synchronized over processes, or the model is compiled or
             wrapped for parallel training. After any error, gradients and buffers are as before.
@@ -119,6 +137,13 @@ def accumulate(
 def _check_supported(model: nn.Module, layers: dict[str, _BatchNorm]) -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for name, layer in layers.items():
+        tracked = layer.training and layer.track_running_stats and keeps_statistics(layer)
+        if tracked and layer.momentum is None and layer.num_batches_tracked is None:
+            raise ValueError(
+                f"accumulate: layer {name!r} has momentum=None (the cumulative average) and no "
+                "num_batches_tracked to divide by; give it a momentum between 0 and 1, or a "
+                "counter."
+            )
         if isinstance(layer, nn.SyncBatchNorm) and distributed:
             raise RuntimeError(
                 f"accumulate: layer {name!r} is a SyncBatchNorm in a process group, and its large "
@@ -176,12 +201,14 @@ class _LargeBatch:
             after.put_back()
             self._check_only_called()
             value = float(loss)
+            kept_out = commit(self._parameters, self._gradients, self._replay.calls)
         except BaseException:
             self._before.put_back()
             raise
-        self._commit()
         calls = tuple(call.name for call in self._replay.calls)
-        return Accumulation(value, len(self._parts), calls, self._forwards, self._backwards)
+        return Accumulation(
+            value, len(self._parts), calls, self._forwards, self._backwards, kept_out
+        )
 
     @contextmanager
     def _run(self, part: MicroBatch, stop_at: int | None) -> Iterator[Any]:
@@ -255,26 +282,6 @@ class _LargeBatch:
                     f"accumulate: something moved the statistics of layer {name!r} without calling "
                     "the layer; call it as a module, not its forward."
                 )
-
-    @torch.no_grad()
-    def _commit(self) -> None:
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient.to(parameter.dtype)
-            else:
-                parameter.grad.add_(gradient)
-        for call in self._replay.calls:
-            layer = call.layer
-            if not (layer.training and layer.track_running_stats and keeps_statistics(layer)):
-                continue
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            weight = weight_of_new_batch(layer.momentum, layer.num_batches_tracked)
-            update_running(layer.running_mean, layer.running_var, call.moments, weight)
-            if layer.num_batches_tracked is not None:
-                count_batch(layer.num_batches_tracked)
 
 
 def _versions(layer: _BatchNorm) -> list[int]:

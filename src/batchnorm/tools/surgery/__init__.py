@@ -5,6 +5,7 @@
 
 from batchnorm.tools.surgery.acceleration import Acceleration, Restoration, accelerate, restore
 from batchnorm.tools.surgery.changes import Statistics, changed
+from batchnorm.tools.surgery.inputs import input_of
 from batchnorm.tools.surgery.selection import Choice, batch_norms, is_held, keeps_statistics
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "accelerate",
     "batch_norms",
     "changed",
+    "input_of",
     "is_held",
     "keeps_statistics",
     "restore",
