@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 import weakref
 
 import pytest
@@ -20,6 +21,7 @@ import batchnorm
 import surgery_nets as nets
 from batchnorm.report.watch_chart import chart
 from batchnorm.tools.monitoring import watch
+from batchnorm.tools.monitoring.state import states
 from batchnorm.tools.surgery import accelerate
 from surgery_cases import anatomy, relus_and_additions
 
@@ -320,6 +322,73 @@ def test_one_transfer_for_all_layers(monkeypatch):
     assert sorted(sizes) == [8, 32]
 
 
+def test_the_last_steps_are_kept():
+    model = nets.LeNet()
+    short, default, all_ = watch(model, keep=2), watch(model), watch(model, keep=None)
+    for _ in range(1001):
+        for each in (short, default, all_):
+            each.step()
+    assert [record["step"] for record in short.records] == [1000] * 3 + [1001] * 3
+    assert [record["layer"] for record in short.records] == ["bn1", "bn2", "bn3"] * 2
+    assert (len(default.records), default.records[0]["step"]) == (3000, 2)
+    assert (len(all_.records), all_.records[0]["step"]) == (3003, 1)
+    assert short.to_dict()["steps"] == 1001
+    nothing = watch(nn.ReLU())
+    nothing.step()
+    assert nothing.records == []
+
+
+def test_a_record_is_as_large_as_the_documentation_says():
+    layer = nn.BatchNorm1d(4)
+    with watch(layer, keep=None) as watched:
+        for _ in range(300):
+            layer.num_batches_tracked.add_(1)
+            watched.step()
+        tracemalloc.start()
+        for _ in range(200):
+            layer.num_batches_tracked.add_(1)
+            watched.step()
+        size = tracemalloc.get_traced_memory()[0] / 200
+        tracemalloc.stop()
+    assert 1500 < size < 2500
+
+
+def test_the_time_of_a_state_is_linear_in_the_layers():
+    """Counts how often a name is compared, which was once for every pair of layers."""
+
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    compared = []
+    for count in (10, 40):
+        layers = {Name(number): nn.BatchNorm1d(2) for number in range(count)}
+        Name.compared = 0
+        states(layers, {})
+        compared.append(Name.compared)
+    assert compared[1] <= 4 * compared[0] + 40
+
+
+def test_an_input_of_another_name():
+    class Named(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    layer = Named(4).eval()
+    with watch(layer) as watched:
+        x = batch()
+        layer(x=x)
+        watched.step()
+        assert_record(watched.records[0], expected_against(torch.zeros(4), torch.ones(4), x))
+        message = r"^watch: layer '' \(Named\) is called without a tensor; give it its input\.$"
+        with pytest.raises(TypeError, match=message):
+            layer(x=3)
+
+
 def test_a_removed_watch_refuses_to_go_on():
     layer = nn.BatchNorm1d(4).eval()
     watched = watch(layer)
@@ -336,6 +405,8 @@ def test_a_removed_watch_refuses_to_go_on():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="watch: every must be at least 1, got 0"):
         watch(nn.BatchNorm1d(4), every=0)
+    with pytest.raises(ValueError, match="watch: keep must be at least 1, or None for all, got 0"):
+        watch(nn.BatchNorm1d(4), keep=0)
     with pytest.raises(ValueError, match="watch: no batch norm layer fits 'bn'"):
         watch(nets.LeNet(), ["bn"])
 

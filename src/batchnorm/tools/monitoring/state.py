@@ -53,10 +53,13 @@ def states(layers: Mapping[str, _BatchNorm], seen: Mapping[str, Moments]) -> dic
         for name, layer in layers.items()
         if layer.num_batches_tracked is not None
     }
-    numbers, counted = _on_host(tensors), _on_host(counters)
+    numbers: dict[str, dict[str, Numbers]] = {name: {} for name in layers}
+    for (owner, kind), value in _on_host(tensors).items():
+        numbers[owner][kind] = value
+    counted = _on_host(counters)
     return {
         name: State(
-            {kind: value for (owner, kind), value in numbers.items() if owner == name},
+            numbers[name],
             int(counted[name, "counter"][0]) if (name, "counter") in counted else None,
             _rounding(layer),
             layer.momentum,

@@ -18,10 +18,12 @@ from batchnorm.moments import Moments, merge
 from batchnorm.tools.monitoring.record import Record, record
 from batchnorm.tools.monitoring.state import is_told_by_buffers, states
 from batchnorm.tools.monitoring.table import table
-from batchnorm.tools.surgery import Choice, batch_norms
+from batchnorm.tools.surgery import Choice, batch_norms, input_of
 
 
-def watch(model: nn.Module, layers: Choice = None, *, every: int = 1) -> Watch:
+def watch(
+    model: nn.Module, layers: Choice = None, *, every: int = 1, keep: int | None = 1000
+) -> Watch:
     r"""Watches the batch norm layers of a model while it trains.
 
     Call the result once after every step, or give it to a framework as a callback: it takes any
@@ -52,24 +54,30 @@ def watch(model: nn.Module, layers: Choice = None, *, every: int = 1) -> Watch:
     computes the moments of the input on the steps that are recorded, while gradients are enabled.
 
     Costs some small operations a layer and two transfers a device on a recorded step, and nothing
-    on others: about 1 % of a step of ResNet-18 on a CPU.
+    on others: about 1 % of a step of ResNet-18 on a CPU. A layer that is listened to costs one
+    more pass over its input: with all 20 layers frozen about 4 % of such a step.
 
     Args:
         model: Any module. Its mode may change; a layer that is frozen later is heard from the
             record after.
         layers: Which layers.
         every: Record every so many steps.
+        keep: How many of the last recorded steps stay in `Watch.records`; None keeps all. A record
+            is about 2 kB, so 20 layers fill 40 MB with the 1000 of the default, and would fill 4 GB
+            in 100 000 steps.
 
     Returns:
         The handle; it ends with ``remove()`` or as a context manager.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
-        ValueError: ``every`` is less than one, a name fits no layer, or a layer is lazy.
+        ValueError: ``every`` or ``keep`` is less than one, a name fits no layer, or a layer is lazy.
     """
     if every < 1:
         raise ValueError(f"watch: every must be at least 1, got {every}.")
-    return Watch(batch_norms(model, layers, caller="watch"), every)
+    if keep is not None and keep < 1:
+        raise ValueError(f"watch: keep must be at least 1, or None for all, got {keep}.")
+    return Watch(batch_norms(model, layers, caller="watch"), every, keep)
 
 
 class Watch:
@@ -78,17 +86,19 @@ class Watch:
     Args:
         layers: By name.
         every: Record every so many steps.
+        keep: How many of the last recorded steps stay; None for all.
 
     Attributes:
-        records: One dict for each layer and recorded step, the oldest first.
+        records: One dict for each layer and recorded step that is kept, the oldest first.
         steps: How many steps there have been.
     """
 
-    def __init__(self, layers: Mapping[str, _BatchNorm], every: int) -> None:
+    def __init__(self, layers: Mapping[str, _BatchNorm], every: int, keep: int | None) -> None:
         self.records: list[Record] = []
         self.steps = 0
         self._layers = dict(layers)
         self._every = every
+        self._keep = keep
         self._seen: dict[str, Moments] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._removed = False
@@ -110,6 +120,8 @@ class Watch:
         self.records += [
             record(self.steps, name, self._before[name], now[name]) for name in self._layers
         ]
+        if self._keep is not None:
+            del self.records[: -self._keep * len(self._layers)]
         self._before = now
         self._seen.clear()
         self._listen()
@@ -188,7 +200,8 @@ class _Ear:
         self._owner, self._name = owner, name
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._owner.see(self._name, args[0] if args else kwargs["input"])
+        x = input_of(layer, args, kwargs, name=self._name, caller="watch")
+        self._owner.see(self._name, x)
 
 
 def _for_json(value: Any) -> Any:
