@@ -1,6 +1,7 @@
 """Four hospitals train one model; their scanners differ, so their statistics do.
 
-A mean of their running variances forgets how far the hospitals are apart.
+A mean of their running variances forgets how far the hospitals are apart, and a sum of their
+counters counts what the server had seen before four times in every round.
 """
 
 from __future__ import annotations
@@ -34,25 +35,22 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor], rounds: int = 60) -> nn
 def main() -> None:
     torch.manual_seed(0)
     clients = [hospital(number, size) for number, size in enumerate((60, 100, 150, 300))]
-    server = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES))
-    trained = [train(copy.deepcopy(server), data).state_dict() for data in clients]
     counts = [len(labels) for _, labels in clients]
+    server = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, CLASSES))
+    for _ in range(3):
+        sent = copy.deepcopy(server.state_dict())
+        trained = [train(copy.deepcopy(server), data).state_dict() for data in clients]
+        merged = merge_statistics(trained, counts, base=sent)
+        server.load_state_dict(merged)
 
     shares = [count / sum(counts) for count in counts]
-    plain = {
-        name: sum(share * state[name] for share, state in zip(shares, trained, strict=True))
-        for name in trained[0]
-    }
-    merged = merge_statistics(trained, counts)
-
+    variances = [share * s["0.running_var"] for share, s in zip(shares, trained, strict=True)]
     everything = torch.cat([images for images, _ in clients])
     print(f"variance of all data:    {everything.var(0)[0]:.1f}")
-    print(f"mean of variances:       {plain['0.running_var'][0]:.1f}")
+    print(f"mean of variances:       {sum(variances)[0]:.1f}")
     print(f"merge_statistics:        {merged['0.running_var'][0]:.1f}")
-    print(f"batches seen by all:     {sum(int(s['0.num_batches_tracked']) for s in trained)}")
-    print(f"mean of the counters:    {plain['0.num_batches_tracked']:.1f}")
-    print(f"merge_statistics:        {merged['0.num_batches_tracked']}")
-    server.load_state_dict(merged)
+    print(f"sum of the counters:     {sum(int(s['0.num_batches_tracked']) for s in trained)}")
+    print(f"3 x 4 x 60 batches:      {merged['0.num_batches_tracked']}")
 
 
 if __name__ == "__main__":

@@ -258,6 +258,44 @@ def test_a_soup_of_equal_models_is_that_model():
         assert_close(tensor, state[name], rtol=1e-4, atol=0)
 
 
+COUNTER = "1.num_batches_tracked"
+
+
+def rounds(server, count, *, with_base):
+    """Federated rounds of ten clients, which count one batch each."""
+    for _ in range(count):
+        clients = [copy.deepcopy(server) for _ in range(10)]
+        for client_ in clients:
+            client_[COUNTER] += 1
+        server = merge_statistics(clients, [5] * 10, base=server if with_base else None)
+    return server
+
+
+def test_federated_rounds_count_each_batch_once():
+    server = net().state_dict()
+    server[COUNTER].zero_()
+    assert rounds(server, 9, with_base=False)[COUNTER] == 1_111_111_110
+    assert rounds(server, 40, with_base=True)[COUNTER] == 400
+    message = (
+        r"1\.num_batches_tracked would be 1\.11111e\+19, more than torch\.int64 holds; give base, "
+        "the checkpoint from which all of them went on"
+    )
+    with pytest.raises(ValueError, match=message):
+        rounds(server, 19, with_base=False)
+
+
+def test_a_soup_of_models_fine_tuned_from_one_checkpoint():
+    base = net().state_dict()
+    tuned = [copy.deepcopy(base) for _ in range(3)]
+    for number, state in enumerate(tuned):
+        state[COUNTER] += 100 + number
+    assert merge_statistics(tuned, [50] * 3, base=base)[COUNTER] == 10 + 303
+    assert base[COUNTER] == 10
+    for name, tensor in merge_statistics(tuned, [50] * 3).items():
+        if name != COUNTER:
+            assert torch.equal(tensor, merge_statistics(tuned, [50] * 3, base=base)[name])
+
+
 def test_names_that_only_look_like_statistics_are_averaged():
     states = [{"running_mean": torch.full((2,), float(n))} for n in (1, 3)]
     assert torch.equal(merge_statistics(states, [2, 2])["running_mean"], torch.full((2,), 2.0))
@@ -284,6 +322,12 @@ def test_refused_checkpoints():
     other = {**state, "1.bias": state["1.bias"].double()}
     with pytest.raises(ValueError, match=r"and torch.float64 of shape \(4,\) in checkpoint 1"):
         merge_statistics([state, other], [3, 3])
+    later = {**state, COUNTER: torch.tensor(11)}
+    message = r"1\.num_batches_tracked is 10 in checkpoint 1 and 11 in base, which must have come"
+    with pytest.raises(ValueError, match=message):
+        merge_statistics([later, state], [3, 3], base=later)
+    with pytest.raises(ValueError, match=r"1\.num_batches_tracked is missing in base"):
+        merge_statistics([state], [3], base={})
     ids = [{"ids": torch.tensor([1])}, {"ids": torch.tensor([2])}]
     with pytest.raises(ValueError, match=r"ids is torch.int64 and cannot be averaged, but it diff"):
         merge_statistics(ids, [3, 3])

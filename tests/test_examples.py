@@ -20,6 +20,7 @@ TELLING = {
     "federated_averaging": (
         r"variance of all data: +20\.\d\nmean of variances: +[1-4]\.\d\n"
         r"merge_statistics: +(19\.[5-9]|20\.\d)\n"
+        r"sum of the counters: +2160\n3 x 4 x 60 batches: +720\n"
     ),
     "mean_teacher": (
         r"teacher, parameters only +0\.[1-6]\d*\n"

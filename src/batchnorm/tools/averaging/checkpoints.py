@@ -15,29 +15,34 @@ _MEAN, _VAR, _COUNTER = "running_mean", "running_var", "num_batches_tracked"
 
 @torch.no_grad()
 def merge_statistics(
-    state_dicts: Sequence[State], counts: Sequence[float | int]
+    state_dicts: Sequence[State], counts: Sequence[float | int], *, base: State | None = None
 ) -> dict[str, Tensor]:
     """Merges checkpoints of one network: running statistics as moments, the rest as a mean.
 
     ``running_mean`` and ``running_var`` become those of all data together, with the variance
     between the parts, which a mean of variances loses. ``running_var`` is unbiased, of as many
     values as ``counts`` says, and so is the result: if each part's statistics are exact, so are the
-    merged ones. ``num_batches_tracked`` is summed, as an integer. Every other tensor is the mean
-    weighted by ``counts``, in float64 and rounded once to its dtype. Costs one pass over all
-    tensors.
+    merged ones. ``num_batches_tracked`` is what ``base`` had and what each part has counted since.
+    Every other tensor is the mean weighted by ``counts``, in float64 and rounded once to its dtype.
+    Costs one pass over all tensors.
 
     Args:
         state_dicts: At least one; all with the same names, shapes and dtypes. Not changed.
         counts: How many samples each one has seen; at least two, because a variance needs that
             many. For a soup of models that were trained on the same data give each the number of
             samples in it.
+        base: The checkpoint from which all of them went on: the server's of this federated round,
+            or the one that a soup's models were fine-tuned from. Only its counters are read. None
+            if each was trained from scratch; otherwise the batches of the base would count once for
+            each part, and ten times more after every round of ten clients.
 
     Returns:
         A new dict of new tensors, in the order, the dtypes and on the devices of the first.
 
     Raises:
         ValueError: There is none, not one count for each, a count is less than two, names, shapes
-            or dtypes differ, or an integer that is no counter differs.
+            or dtypes differ, an integer that is no counter differs, a counter is less than in
+            ``base`` or missing there, or the sum of counters is too large for their dtype.
         TypeError: An entry is not a tensor.
 
     Source:
@@ -57,7 +62,7 @@ def merge_statistics(
             moments = _together(state_dicts, counts, prefix)
             merged[name] = moments.mean if kind == _MEAN else unbiased_var(moments)
         elif kind == _COUNTER:
-            merged[name] = torch.stack([t.to(tensors[0].device) for t in tensors]).sum(0)
+            merged[name] = _counted(name, tensors, base)
         elif tensors[0].is_floating_point() or tensors[0].is_complex():
             merged[name] = _mean(tensors, [count / total for count in counts])
         else:
@@ -73,6 +78,31 @@ def _together(state_dicts: Sequence[State], counts: Sequence[float | int], prefi
         biased = var * ((count - 1) / count)
         parts.append(Moments(torch.tensor(count, dtype=torch.float64, device=device), mean, biased))
     return merge(*parts)
+
+
+def _counted(name: str, tensors: Sequence[Tensor], base: State | None) -> Tensor:
+    if base is None:
+        start = torch.zeros_like(tensors[0])
+    elif name in base:
+        start = base[name].to(tensors[0].device)
+    else:
+        raise ValueError(f"merge_statistics: {name} is missing in base.")
+    total, exact = start.clone(), start.double()
+    for number, tensor in enumerate(tensors):
+        new = tensor.to(start.device) - start
+        if bool((new < 0).any()):
+            raise ValueError(
+                f"merge_statistics: {name} is {tensor.tolist()} in checkpoint {number} and "
+                f"{start.tolist()} in base, which must have come before it."
+            )
+        total += new
+        exact += new.double()
+    if not total.is_floating_point() and bool((exact >= torch.iinfo(total.dtype).max).any()):
+        raise ValueError(
+            f"merge_statistics: {name} would be {exact.tolist():g}, more than {total.dtype} holds; "
+            "give base, the checkpoint from which all of them went on."
+        )
+    return total
 
 
 def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
