@@ -71,7 +71,8 @@ def watch(
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
-        ValueError: ``every`` or ``keep`` is less than one, a name fits no layer, or a layer is lazy.
+        ValueError: ``every`` or ``keep`` is less than one, a name fits no layer, or a layer is
+            lazy.
     """
     if every < 1:
         raise ValueError(f"watch: every must be at least 1, got {every}.")
