@@ -370,7 +370,7 @@ def test_a_layer_without_a_tensor_is_refused():
             return super().forward(torch.tensor(values))
 
     model = nn.Sequential(OfArrays(2))
-    with pytest.raises(TypeError, match=r"layer '0' \(OfArrays\) was called without a tensor, so"):
+    with pytest.raises(TypeError, match=r"layer '0' \(OfArrays\) is called without a tensor; give"):
         recalibrate(model, [normal(4, 2)], forward=lambda m, x: m(x.tolist()))
 
 

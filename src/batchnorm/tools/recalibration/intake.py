@@ -17,6 +17,7 @@ from batchnorm import functional
 from batchnorm.moments import Moments, empty, merge
 from batchnorm.tools.recalibration.precision import Chunks
 from batchnorm.tools.surgery import changed
+from batchnorm.tools.surgery.inputs import input_of
 from batchnorm.tools.surgery.replacement import LAYERS
 
 _ticks = itertools.count()
@@ -95,12 +96,7 @@ class Intake:
         """
         if threading.get_ident() != self._thread:
             return
-        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        if x is None:
-            raise TypeError(
-                f"recalibrate: layer {self.name!r} ({type(layer).__name__}) was called without a "
-                "tensor, so there is nothing to collect; leave it out with layers."
-            )
+        x = input_of(layer, args, kwargs, name=self.name, caller="recalibrate")
         if x.dim() < 2 or x.shape[1] != self._mean.numel():
             raise ValueError(
                 f"recalibrate: layer {self.name!r} ({type(layer).__name__}) must get its "
