@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.surgery.changes import Statistics, changed
+from batchnorm.tools.surgery.changes import OFF, StandIns, changed, no_broadcast
 from batchnorm.tools.surgery.selection import Choice, batch_norms
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -26,12 +26,16 @@ def no_stats_update(model: nn.Module, layers: Choice = None) -> Iterator[None]:
 
     Running statistics and counters stay, bit for bit; outputs and gradients are those of training.
     ``torch.no_grad()`` does not do that: it stops gradients, not statistics. In evaluation nothing
-    changes. May be nested and entered by several threads: the layers are shared, so they update
-    again when the last one leaves. Costs nothing a call.
+    changes. Costs nothing a call. May be nested and entered by several threads. The layers are
+    shared: they update again when the last one leaves, and a training step that another thread
+    takes on the same model meanwhile moves no statistics either.
 
     It sets ``track_running_stats`` for a while, which all of torch's layers and ours ask for; a
-    subclass with a forward of its own has to ask too. Where a part of the model is checkpointed,
-    the backward belongs inside: torch wants the recomputation to be like the forward.
+    subclass with a forward of its own has to ask too. ``copy.deepcopy`` and pickle give a copy that
+    updates as always; ``copy.copy`` of a layer shares its attributes, so set the flag of such a
+    copy yourself. Where a part of the model is checkpointed, the backward belongs inside: torch
+    wants the recomputation to be like the forward. ``DistributedDataParallel`` sends no buffers
+    around meanwhile; give the wrapped model, and on all ranks.
 
     Args:
         model: Any module, also one wrapped in ``DistributedDataParallel`` or compiled.
@@ -41,8 +45,14 @@ def no_stats_update(model: nn.Module, layers: Choice = None) -> Iterator[None]:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
     """
-    chosen = batch_norms(model, layers, caller="no_stats_update")
-    with changed(chosen.values(), track_running_stats=False):
+    chosen = batch_norms(model, layers, caller="no_stats_update").values()
+    on = [layer for layer in chosen if layer.track_running_stats is not False]
+    off = [layer for layer in chosen if layer.track_running_stats is False]
+    with (
+        changed(on, track_running_stats=OFF),
+        changed(off, track_running_stats=False),
+        no_broadcast(model),
+    ):
         yield
 
 
@@ -50,8 +60,7 @@ class Transaction:
     """Decides about the statistics that have moved since the last `commit`, or the beginning."""
 
     def __init__(self, layers: Iterable[_BatchNorm]) -> None:
-        self._layers = list(layers)
-        self._before = Statistics(self._layers)
+        self._stand_ins = StandIns(layers)
         self._is_rolled_back = False
         self._is_over = False
 
@@ -62,7 +71,7 @@ class Transaction:
             RuntimeError: The transaction is over.
         """
         self._check("commit")
-        self._before = Statistics(self._layers)
+        self._stand_ins.keep()
         self._is_rolled_back = False
 
     def rollback(self) -> None:
@@ -72,12 +81,11 @@ class Transaction:
             RuntimeError: The transaction is over.
         """
         self._check("rollback")
-        self._before.put_back()
+        self._stand_ins.take_back()
         self._is_rolled_back = True
 
     def _end(self, *, failed: bool) -> None:
-        if failed or self._is_rolled_back:
-            self._before.put_back()
+        self._stand_ins.leave(keep=not (failed or self._is_rolled_back))
         self._is_over = True
 
     def _check(self, what: str) -> None:
@@ -92,8 +100,14 @@ def transaction(model: nn.Module, layers: Choice = None) -> Iterator[Transaction
     """Keeps or puts back the running statistics and counters that a step moves.
 
     Leaving keeps them, unless `Transaction.rollback` was called; an exception puts them back. They
-    come back bit for bit, and a backward after that still works. It costs a copy of the
-    statistics. May be nested: an outer one also takes back what an inner one kept.
+    come back bit for bit. May be nested: an outer one also takes back what an inner one kept.
+
+    It costs a copy of the statistics, which the layers work on meanwhile. Their own buffers, and
+    whatever refers to them from outside, see nothing before a commit or the end, when the values
+    are written into them. So nothing that autograd saved changes at a rollback: gradients are right
+    afterwards, be it in training or in evaluation, of forwards before and inside. What is kept is
+    like any training step: torch's backward of an *evaluation* before it reads the statistics of
+    after it; ours does not. A captured CUDA graph writes past the copies.
 
     A step that ``GradScaler`` skips, because it overflowed::
 

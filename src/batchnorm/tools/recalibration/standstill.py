@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.tools.recalibration.intake import Intake
-from batchnorm.tools.surgery import changed, keeps_statistics
+from batchnorm.tools.surgery import changed, keeps_statistics, no_broadcast
 
 
 @contextmanager
@@ -32,11 +31,10 @@ def standstill(model: nn.Module, intakes: Mapping[str, Intake]) -> Iterator[None
         and keeps_statistics(module)
         and id(module) not in collecting
     ]
-    wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
     with ExitStack() as stack:
         stack.callback(_Buffers(modules, collecting).put_back)
         stack.enter_context(changed(others, training=False))
-        stack.enter_context(changed(wrappers, require_forward_param_sync=False))
+        stack.enter_context(no_broadcast(model))
         for intake in intakes.values():
             stack.enter_context(intake.in_charge())
         if "torch._dynamo" in sys.modules:  # Compiled code does not see hooks that came later.

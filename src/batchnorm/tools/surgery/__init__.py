@@ -4,7 +4,7 @@
 """
 
 from batchnorm.tools.surgery.acceleration import Acceleration, Restoration, accelerate, restore
-from batchnorm.tools.surgery.changes import Statistics, changed
+from batchnorm.tools.surgery.changes import Statistics, changed, no_broadcast
 from batchnorm.tools.surgery.inputs import input_of
 from batchnorm.tools.surgery.selection import Choice, batch_norms, is_held, keeps_statistics
 
@@ -19,5 +19,6 @@ __all__ = [
     "input_of",
     "is_held",
     "keeps_statistics",
+    "no_broadcast",
     "restore",
 ]

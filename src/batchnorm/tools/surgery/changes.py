@@ -8,7 +8,22 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class _Off(int):
+    """False for a while, in place of True: whatever copies or pickles it gets the True."""
+
+    def __reduce__(self) -> tuple[type[bool], tuple[bool]]:
+        return bool, (True,)
+
+    def __repr__(self) -> str:
+        return "False"
+
+
+OFF = _Off(0)
 
 
 class _Held:
@@ -48,6 +63,11 @@ def changed(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
                     _let_go(module, name, holder)
 
 
+def is_changed(module: nn.Module, name: str) -> bool:
+    """Whether somebody has the attribute `changed` now."""
+    return name in _held.get(module, {})
+
+
 def _hold(module: nn.Module, name: str, value: Any, holder: object) -> None:
     attributes = _held.setdefault(module, {})
     if name not in attributes:
@@ -67,6 +87,22 @@ def _let_go(module: nn.Module, name: str, holder: object) -> None:
     else:
         setattr(module, name, held.before)
         del attributes[name]
+
+
+@contextmanager
+def no_broadcast(model: nn.Module) -> Iterator[None]:
+    """``DistributedDataParallel`` sends no buffers around meanwhile.
+
+    It sets ``require_forward_param_sync`` itself after every forward, so the option has to change
+    too; what is still to be sent then waits as it waited before.
+    """
+    wrappers = [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
+    sending = [wrapper for wrapper in wrappers if wrapper.broadcast_buffers]
+    with (
+        changed(wrappers, require_forward_param_sync=False),
+        changed(sending, broadcast_buffers=OFF),
+    ):
+        yield
 
 
 @contextmanager
@@ -107,3 +143,77 @@ class Statistics:
             if layer._buffers.get(name) is None:
                 layer._buffers[name] = tensor
             getattr(layer, name).data.copy_(kept)
+
+
+class StandIns:
+    """Copies of running statistics and counters, which layers work on in place of their own.
+
+    Torch's layers let autograd save the buffers themselves. Because nobody writes into one that
+    is taken back, graphs from before and graphs from meanwhile both keep the values that they were
+    computed with. A buffer that several layers share has one stand-in.
+
+    Args:
+        layers: Whose; layers without running statistics have none.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._own: dict[tuple[nn.Module, str], Tensor | None] = {
+            (layer, name): buffer
+            for layer in layers
+            for name, buffer in layer.named_buffers(recurse=False, remove_duplicate=False)
+        }
+        self._put()
+
+    def keep(self) -> None:
+        """What the layers have now is theirs, whatever comes."""
+        for (layer, name), own in self._own.items():
+            now = layer._buffers.get(name)
+            if own is not None and now is not None and _is_alike(own, now):
+                own.data.copy_(now)
+            else:
+                self._own[layer, name] = None if now is None else _copied(now)
+
+    def take_back(self) -> None:
+        """The layers go on with what they had, on new copies."""
+        self._give_back()
+        self._put()
+
+    def leave(self, *, keep: bool) -> None:
+        """The layers get their own buffers again.
+
+        Args:
+            keep: Whether with what has moved. A buffer that somebody put in the place of a stand-in
+                then stays, as it would have without one.
+        """
+        if not keep:
+            self._give_back()
+            return
+        for (layer, name), own in self._own.items():
+            stand_in = self._stand_ins[layer, name]
+            if own is not None and layer._buffers.get(name) is stand_in:
+                own.data.copy_(stand_in)
+                layer._buffers[name] = own
+
+    def _put(self) -> None:
+        copies = {own: _copied(own) for own in self._own.values() if own is not None}
+        self._stand_ins = {p: own if own is None else copies[own] for p, own in self._own.items()}
+        for (layer, name), stand_in in self._stand_ins.items():
+            layer._buffers[name] = stand_in
+
+    def _give_back(self) -> None:
+        """If the layer was moved or cast meanwhile, what it gets back is so too."""
+        for (layer, name), own in self._own.items():
+            now = layer._buffers.get(name)
+            if own is not None and now is not None:
+                own = own.to(now.device, now.dtype)
+            self._own[layer, name] = layer._buffers[name] = own
+
+
+def _copied(buffer: Tensor) -> Tensor:
+    """A copy that autograd may save, whatever mode the caller is in."""
+    with torch.inference_mode(False):
+        return buffer.detach().clone()
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
