@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 
@@ -234,6 +235,73 @@ def test_nested(use_reentrant):
 
 def stem(model, x):
     return torch.relu(model.bn1(model.conv1(x)))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("inner_reentrant", [True, False])
+@reentrant
+@pytest.mark.parametrize("before_it", [True, False])
+def test_torchs_checkpoint_inside_of_the_function(before_it, use_reentrant, inner_reentrant):
+    """As in a memory-efficient DenseNet; torch then calls the inner function by itself."""
+    model, batches = built("torch 1d")
+    twin = copy.deepcopy(model)
+
+    def inner(x):
+        return model(x).exp()
+
+    def function(x):
+        if before_it:
+            x = x.sin()
+        return torchs.checkpoint(inner, x, use_reentrant=inner_reentrant).cos()
+
+    for batch in batches:
+        model.zero_grad()
+        twin.zero_grad()
+        expected = step(twin, batch, lambda x: twin(x.sin() if before_it else x).exp().cos())
+        got = step(model, batch, lambda x: checkpoint(function, x, use_reentrant=use_reentrant))
+        assert_close(got, expected)
+        assert statistics(model) == statistics(twin)
+        assert not torch.nn.modules.module._has_any_global_hook()
+    model(batches[0])
+    assert statistics(model) != statistics(twin)
+
+
+@reentrant
+def test_nothing_is_left_of_a_backward_that_fails_after_the_recomputation(use_reentrant):
+    layer = nn.BatchNorm1d(4)
+    attributes = everything(layer)["modules"]
+    x = torch.randn(6, 4, requires_grad=True)
+    x.register_hook(lambda grad: 1 / 0)
+    y = checkpoint(lambda x: layer(x).exp(), x, use_reentrant=use_reentrant)
+    before = statistics(layer)
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
+        y.sum().backward()
+    assert everything(layer)["modules"] == attributes
+    assert statistics(layer) == before
+    assert not torch.nn.modules.module._has_any_global_hook()
+    layer(x)
+    assert layer.num_batches_tracked == 2
+
+
+@reentrant
+@pytest.mark.parametrize("tool", ["checkpoint", "updates_once"])
+def test_autocast(tool, use_reentrant):
+    model, batches = built("torch 2d")
+    twin = copy.deepcopy(model)
+    run = checkpoint if tool == "checkpoint" else torchs.checkpoint
+
+    def trained(each, call):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = batches[0].clone().requires_grad_()
+            y = call(x)
+            assert y.dtype == torch.bfloat16
+        return [y.detach(), *grads_of(each, x, y.float())]
+
+    with updates_once(model) if tool == "updates_once" else contextlib.nullcontext():
+        got = trained(model, lambda x: run(model, x, use_reentrant=use_reentrant))
+    assert_close(got, trained(twin, twin), **EXACT)
+    assert statistics(model) == statistics(twin)
+    assert model[1].num_batches_tracked == 2  # one before
 
 
 @reentrant

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils import checkpoint as torchs
 
 import batchnorm
 from batchnorm.tools.guarding import Poisoned, Repair, guard, repair
@@ -183,6 +184,31 @@ def test_buffers_that_are_replaced_meanwhile():
         model(batches[0].double())
         assert statistics(model) != before
     assert guarding.skipped == {"1": 3}
+
+
+CHECKPOINTS = {"torch's": torchs.checkpoint, "ours": batchnorm.checkpoint}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_batch_that_is_recomputed_counts_once(checkpoint, use_reentrant):
+    layer = nn.BatchNorm1d(4)
+    before = statistics(layer)
+    x = poisoned(torch.randn(8, 4)).requires_grad_()
+    with guard(layer) as guarding:
+        y = checkpoint(lambda x: layer(x).exp(), x, use_reentrant=use_reentrant)
+        y.sum().backward()
+    assert guarding.skipped == {"": 1}
+    assert statistics(layer) == before
+
+
+def test_a_batch_that_is_recomputed_without_a_backward_counts_once():
+    layer = nn.BatchNorm1d(4)
+    x = poisoned(torch.randn(8, 4)).requires_grad_()
+    with guard(layer) as guarding:
+        y = batchnorm.checkpoint(lambda x: layer(x).exp(), x)
+        assert y.grad_fn._saved_result.shape == (8, 4)
+    assert guarding.skipped == {"": 1}
 
 
 class Reassigning(nn.BatchNorm1d):

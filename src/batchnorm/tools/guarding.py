@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.tools.surgery.interception import Handle, Interceptor
+from batchnorm.tools.surgery.recomputation import runs_again
 from batchnorm.tools.surgery.selection import Choice, batch_norms, keeps_statistics
 
 _STATISTICS = ("running_mean", "running_var")
@@ -210,6 +211,8 @@ class _Guarded(Interceptor):
         for name, kept in before.items():
             buffer = getattr(layer, name)
             buffer.data.copy_(torch.where(bad, kept, buffer))
+        if runs_again(layer):
+            return
         if self.skipped.device != bad.device:
             self.skipped = self.skipped.to(bad.device)
         self.skipped += bad
