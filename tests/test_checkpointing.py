@@ -474,6 +474,44 @@ def test_existing_code_updates_once(kind, use_reentrant):
 
 
 @reentrant
+def test_a_second_thread_recomputes_its_own_layer(use_reentrant):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    twin = copy.deepcopy(model)
+    batch = torch.randn(6, 4)
+
+    def trained(layer):
+        for _ in range(20):
+            x = batch.clone().requires_grad_()
+            y = torchs.checkpoint(lambda x: layer(x).exp(), x, use_reentrant=use_reentrant)
+            y.sum().backward()
+
+    before = everything(model)["modules"]
+    with updates_once(model):
+        thread = threading.Thread(target=trained, args=(model[0],))
+        thread.start()
+        trained(model[1])
+        thread.join()
+    for _ in range(20):
+        twin[0](batch)
+        twin[1](batch)
+    assert statistics(model) == statistics(twin)
+    assert everything(model)["modules"] == before
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop])
+def test_a_forward_that_fails_leaves_nothing_of_updates_once(error):
+    def fail(*_):
+        raise error("inside")
+
+    layer = nn.BatchNorm1d(4)
+    layer.register_forward_pre_hook(fail)
+    before = everything(layer)
+    with pytest.raises(error, match="inside"), updates_once(layer):
+        torchs.checkpoint(layer, torch.randn(6, 4, requires_grad=True), use_reentrant=False)
+    assert everything(layer) == before
+
+
+@reentrant
 def test_torchs_checkpoint_sequential(use_reentrant):
     model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(4)))
     x = torch.randn(6, 4, requires_grad=True)

@@ -300,6 +300,9 @@ def test_copies_stay_frozen_and_can_be_unfrozen(kind, duplicate, affine):
 def test_a_shallow_copy_is_frozen_too():
     layer = freeze_and_return(nn.BatchNorm1d(2))
     twin = copy.copy(layer)
+    assert twin.train() is layer  # as the docstring says: nothing tells whose train was called
+    assert is_frozen(twin)
+    assert not twin.training
     unfreeze(twin)
     assert twin.training
     assert is_frozen(layer)

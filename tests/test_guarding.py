@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+import threading
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils import checkpoint as torchs
 import batchnorm
 from batchnorm.tools.guarding import Poisoned, Repair, guard, repair
 from batchnorm.tools.surgery.interception import Interceptor
+from batchnorm.tools.updates import transaction
 from layer_kinds import KINDS, Stop, built, everything, layers_of, statistics
 from surgery_cases import EXACT
 
@@ -82,6 +84,69 @@ def test_grad_scaler_skips_the_step_and_guard_the_statistics(kind):
     assert set(guarding.skipped.values()) == {1}
     names = dict(model.named_modules())
     assert [names[name] for name in guarding.skipped] == layers_of(model)
+
+
+class Overflowing(nn.Module):
+    """Two layers, and a value too large for anything between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x, factor):
+        return self.second(self.first(x) * factor)
+
+
+@pytest.mark.parametrize("all_or_nothing", [True, False])
+def test_layers_before_an_overflow_move_unless_a_transaction_takes_the_step_back(all_or_nothing):
+    torch.manual_seed(0)
+    model = Overflowing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with guard(model) as guarding:
+        for factor, skips in ((1.0, False), (torch.inf, True)):
+            weights = [p.detach().clone() for p in model.parameters()]
+            buffers = statistics(model)
+            optimizer.zero_grad()
+            with transaction(model) as step:
+                scaler.scale(model(torch.randn(8, 4), factor).pow(4).sum()).backward()
+                before = scaler.get_scale()
+                scaler.step(optimizer)
+                scaler.update()
+                assert (scaler.get_scale() < before) is skips
+                if skips and all_or_nothing:
+                    step.rollback()
+    moved = {name for name, data in statistics(model).items() if data != buffers[name]}
+    assert_close(list(model.parameters()), weights, **EXACT)
+    first = {f"first.{name}" for name, _ in model.first.named_buffers()}
+    assert moved == (set() if all_or_nothing else first)
+    assert guarding.skipped == {"second": 1}
+
+
+def test_a_second_thread_with_bad_batches_and_errors_leaves_nothing():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    twin = copy.deepcopy(model)
+    good, seen = torch.randn(8, 4), []
+
+    def bad():
+        for _ in range(20):
+            model[1](poisoned(good))
+            try:
+                model[1](torch.randn(1, 4))
+            except ValueError as error:
+                seen.append(str(error)[:30])
+
+    with guard(model) as guarding:
+        thread = threading.Thread(target=bad)
+        thread.start()
+        for _ in range(20):
+            model[0](good)
+            twin[0](good)
+        thread.join()
+    assert statistics(model) == statistics(twin)
+    assert guarding.skipped == {"1": 20}
+    assert seen == ["Expected more than 1 value per"] * 20
+    assert "forward" not in vars(model[1])
 
 
 # guard.

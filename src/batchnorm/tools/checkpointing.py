@@ -30,6 +30,11 @@ def checkpoint(
     a module, a method or any closure: which batch norm layers it calls is seen when it runs again.
     It costs what torch's costs, one more forward, and a hook on module calls meanwhile.
 
+    From the first function that runs again to the end of that backward pass, every layer that its
+    thread calls counts as recomputed: so do torch's own checkpoints inside of the function. The
+    recomputed layers work on copies then; what another thread trains on the same model in that time
+    moves no statistics.
+
     Args:
         function: What to call; batch norm layers in it must be called, or be in a module that is.
         *args: Its arguments.
@@ -53,8 +58,9 @@ def updates_once(model: nn.Module, layers: Choice = None) -> Handle:
 
     Works for both kinds of checkpoints, wherever they are called, until the handle is removed; a
     copy of the model does the same for good. A layer that is called during a backward pass counts
-    as recomputed. Costs nothing measurable, but an accelerated block calls its layers one by one
-    meanwhile. Not for ``DataParallel``, which copies the layers at each call.
+    as recomputed; what another thread trains on that layer during the call is lost. Costs nothing
+    measurable, but an accelerated block calls its layers one by one meanwhile. Not for
+    ``DataParallel``, which copies the layers at each call.
 
     Args:
         model: Any module.

@@ -53,10 +53,11 @@ def freeze(model: nn.Module, layers: Choice = None, *, affine: bool = True) -> F
     """Keeps batch norm layers in evaluation: ``y = (x - running_mean) / sqrt(running_var + eps)``.
 
     ``model.train()`` no longer reaches them. Class, momentum, hooks, parameters and the keys of
-    ``state_dict`` stay as they are; copies and pickles of the model stay frozen. It costs nothing
-    a call, and an accelerated model stays fused. Freezing twice is freezing once, and the last
-    ``affine`` counts. With ``affine=True`` freeze before wrapping in ``DistributedDataParallel``,
-    which asks once for the parameters that get gradients.
+    ``state_dict`` stay as they are; copies and pickles of the model stay frozen. (A shallow copy by
+    ``copy.copy`` shares the layer's attributes, ``train`` among them: its ``train()`` returns the
+    layer that was frozen.) It costs nothing a call, and an accelerated model stays fused. Freezing
+    twice is freezing once, and the last ``affine`` counts. With ``affine=True`` freeze before
+    wrapping in ``DistributedDataParallel``, which asks once for the parameters that get gradients.
 
     Args:
         model: Any module.

@@ -110,13 +110,26 @@ def guard(model: nn.Module, layers: Choice = None) -> Guard:
     A layer that such a batch reaches gives the output that it always gave, so that ``GradScaler``
     and the loss still see it; its running statistics and counter stay what they were. So they do
     when a layer refuses a batch with an error, which torch counts. A channel that was not finite
-    before does not count against a batch.
+    before does not count against a batch. A checkpoint's recomputation does not count again.
 
-    Costs about twenty small operations on tensors of one number a channel for each layer, some
-    80 microseconds on a CPU, and never waits for the device: what is kept out is decided and
-    counted there. An accelerated block calls its layers one by one meanwhile. Copies of the model
-    stay guarded, with counts of their own. Not for ``DataParallel``, which copies the layers at
-    each call.
+    Each layer decides for itself, and by its statistics only. In a step that ``GradScaler`` skips
+    because something overflowed later, the layers before it, whose statistics are finite, move all
+    the same. For all or nothing put the step into a `transaction`, with or without a guard::
+
+        with transaction(model) as step:
+            scaler.scale(loss(model(x), y)).backward()
+            before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            if scaler.get_scale() < before:
+                step.rollback()
+
+    Costs about twenty small operations on tensors of one number a channel for each layer, some 80
+    microseconds on a CPU, and never waits for the device: what is kept out is decided and counted
+    there. An accelerated block calls its layers one by one meanwhile. Copies of the model stay
+    guarded, with counts of their own. Threads may call different layers; two that call one layer at
+    once may lose each other's update. Not for ``DataParallel``, which copies the layers at each
+    call.
 
     Args:
         model: Any module.

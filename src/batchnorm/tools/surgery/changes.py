@@ -109,7 +109,8 @@ def no_broadcast(model: nn.Module) -> Iterator[None]:
 def on_copies(layers: Iterable[nn.Module]) -> Iterator[None]:
     """The layers work on copies of their running statistics for a while, which are thrown away.
 
-    Unlike ``track_running_stats=False`` this changes nothing of what autograd saves.
+    Unlike ``track_running_stats=False`` this changes nothing of what autograd saves. What another
+    thread trains on these layers meanwhile is thrown away with them.
     """
     with ExitStack() as copies:
         for layer in layers:
@@ -190,7 +191,9 @@ class StandIns:
             return
         for (layer, name), own in self._own.items():
             stand_in = self._stand_ins[layer, name]
-            if own is not None and layer._buffers.get(name) is stand_in:
+            if own is None or stand_in is None:
+                continue
+            if layer._buffers.get(name) is stand_in:
                 own.data.copy_(stand_in)
                 layer._buffers[name] = own
 
