@@ -86,7 +86,7 @@ def test_an_import_that_fails_leaves_the_reference(tmp_path, setup, reason):
         ((2, 3, 8, 8), torch.contiguous_format, "planes, on the calling thread."),
         ((2, 3, 8, 8), torch.channels_last, "columns of a matrix, on the calling thread."),
         ((16, 64, 32, 32), torch.contiguous_format, "planes, whose channels are shared out to 2"),
-        ((64, 2, 64, 64), torch.contiguous_format, "planes, whose rows are shared out to 2"),
+        ((64, 3, 64, 64), torch.contiguous_format, "planes, whose rows are shared out to 2"),
     ],
 )
 @pytest.mark.usefixtures("two_threads")
