@@ -62,7 +62,7 @@ def chart(results: Mapping[str, Any]) -> str:
 
     def paint(axes: Axes) -> None:
         axes.grid(visible=False)
-        axes.set_xlim(0, max(1.1, longest) * 1.16)
+        axes.set_xlim(0, max(1.1, longest) * 1.35)
         axes.set_ylim(sum(heights), 0)
         _paint_bars(axes, bars, heights)
         axes.axvline(1, color=MUTED, linewidth=1, dashes=(3, 3))
@@ -118,7 +118,7 @@ def _paint_bars(axes: Axes, bars: Sequence[Bars], heights: Sequence[float]) -> N
             axes.barh(y, speed, height=BAR - 3, color=COLORS[rival], linewidth=0)
             axes.annotate(
                 f"{ratio(speed)}×",
-                (speed, y),
+                (max(speed, 1), y),  # Beyond the line at torch's speed.
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
