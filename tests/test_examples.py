@@ -22,6 +22,14 @@ TELLING = {
         r"merge_statistics: +(19\.[5-9]|20\.\d)\n"
         r"sum of the counters: +2160\n3 x 4 x 60 batches: +720\n"
     ),
+    "half_precision_statistics": (
+        r"bfloat16: +running mean 0\.[2-6]\d after 5,000 batches, truly 1\.00\n"
+        r"kept in float32: running mean (0\.99|1\.00) after"
+    ),
+    "taking_a_step_back": (
+        r"weights alone: +[1-9]\d* of 150 steps taken back, [1-9]\d+ batches of theirs in the s.*\n"
+        r"transaction: +[1-9]\d* of 150 steps taken back, 0 batches of theirs in the statistics\n"
+    ),
     "mean_teacher": (
         r"teacher, parameters only +0\.[1-6]\d*\n"
         r"(teacher, statistics='\w+' +0\.9\d+, counter 400\n){3}"
