@@ -186,9 +186,7 @@ _apply = super(Function, BatchNorm).apply  # pyright: ignore[reportAttributeAcce
 
 
 def _rounded(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    if dtype is None or gradient.dtype == dtype:
-        return None if dtype is None else gradient
-    return gradient.to(dtype)
+    return None if dtype is None else gradient.to(dtype)
 
 
 def _gradients(
