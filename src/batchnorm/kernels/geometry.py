@@ -65,7 +65,7 @@ def _geometry(shape: tuple[int, ...], channels_last: bool) -> Geometry:
     n, channels = shape[:2]
     length = math.prod(shape[2:])
     if not channels_last and length >= SHORT:
-        slabs = min(n * -(-length // 16384), max(1, 64 // channels))
+        slabs = 1 << min(n * -(-length // 4096), max(2, n * length // 4096), 32).bit_length() - 1
         return Geometry(False, n, channels, length, 1, 1, slabs)
     rows, repeat = (n * length, 1) if channels_last else (n, length)
     fold = _fold(rows, channels * repeat)

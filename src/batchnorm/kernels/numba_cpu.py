@@ -42,7 +42,7 @@ def explain(x: Tensor) -> str:
         text += "after copying it into contiguous memory, "
     if team == 1:
         return text + "on the calling thread."
-    shares = "channels" if library.shares_channels(geometry, team) else "rows"
+    shares = "channels" if library.shares_channels(x, "forward", team) else "rows"
     return f"{text}whose {shares} are shared out to {team} threads of {parallel.backend()}."
 
 

@@ -6,13 +6,17 @@ import numpy as np
 
 from batchnorm.kernels.compiled import columns, planes
 from batchnorm.kernels.compiled.elements import array_at
-from batchnorm.kernels.compiled.forwards import share
 from batchnorm.kernels.compiled.merging import merge_grads_of, prepare
-from batchnorm.kernels.compiled.task import task_at
+from batchnorm.kernels.compiled.statistics import SUMS
+from batchnorm.kernels.compiled.task import share, task_at
 
 
-def of_planes(element, number):
-    """The kernel for planes of ``element``, computed as ``number``."""
+def of_planes(element, number, optional):
+    """The kernel for planes of ``element``, computed as ``number``.
+
+    ``optional`` says whether there is a mask: it is `array_at` or `no_array`, alone in a tuple.
+    """
+    (mask_at,) = optional
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
@@ -20,19 +24,16 @@ def of_planes(element, number):
         x, grad = array_at(task.x, shape, element), array_at(task.grad, shape, element)
         grad_x = array_at(task.grad_x, shape, element)
         behind_relu = array_at(task.behind_relu, shape, element)
-        mask = array_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
+        mask = mask_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
-        partials = array_at(task.partials, (task.slabs, 7, task.channels), np.float64)
+        partials = array_at(task.partials, (task.slabs, SUMS, task.channels), np.float64)
         coefficients = array_at(task.coefficients, (6, task.channels), number)
-        work = array_at(task.work, (team, *planes.WORK), np.float64)[thread]
-        channels, slabs = (0, task.channels), (0, task.slabs)
-        begin, end = planes.share_of_pieces(x, task.channels, 0, 1)
-        if task.by_slab:
-            slabs = share(task.slabs, thread, team)
-            begin, end = planes.share_of_pieces(x, task.channels, thread, team)
-        else:
-            channels = share(task.channels, thread, team)
+        sums = (
+            array_at(task.work, (team, *planes.WORK), np.float64)[thread],
+            array_at(task.recent, (team, *planes.RECENT), number)[thread],
+        )
+        channels, of_slabs, of_pieces = planes.shares(task, x, thread, team)
         group = (
             planes.group_size(x, task.channels, 2)
             if task.collect and task.apply
@@ -43,22 +44,21 @@ def of_planes(element, number):
             if task.prepare:
                 prepare(task, coefficients, weight, bias, first, last)
             if task.collect:
-                for slab in range(slabs[0], slabs[1]):
-                    planes.grad_sums(
-                        task, grad, x, mask, behind_relu, partials, coefficients, work,
-                        first, last, slab,
-                    )  # fmt: skip
+                planes.grad_sums(
+                    task, grad, x, mask, behind_relu, partials, coefficients, sums,
+                    first, last, of_slabs,
+                )  # fmt: skip
             if task.merge:
                 merge_grads_of(task, partials, coefficients, first, last)
             if task.apply:
-                arrays = grad, x, mask, behind_relu
-                planes.grad_input(task, arrays, grad_x, coefficients, first, last, begin, end)
+                planes.grad_input(task, grad, x, mask, grad_x, coefficients, first, last, of_pieces)
 
     return backward
 
 
-def of_columns(element, number):
-    """The kernel for columns of ``element``, computed as ``number``."""
+def of_columns(element, number, optional):
+    """The kernel for columns; its arguments are those of `of_planes`."""
+    (mask_at,) = optional
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
@@ -67,10 +67,10 @@ def of_columns(element, number):
         x, grad = array_at(task.x, shape, element), array_at(task.grad, shape, element)
         grad_x = array_at(task.grad_x, shape, element)
         behind_relu = array_at(task.behind_relu, shape, element)
-        mask = array_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
+        mask = mask_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
-        partials = array_at(task.partials, (task.slabs, 7, width), np.float64)
+        partials = array_at(task.partials, (task.slabs, SUMS, width), np.float64)
         coefficients = array_at(task.coefficients, (6, width), number)
         work = array_at(task.work, (team, 3, width), number)[thread]
         from_slab, to_slab = share(task.slabs, thread, team)

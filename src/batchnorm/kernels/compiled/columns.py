@@ -133,18 +133,26 @@ def normalize(task, x, residual, y, mask, coefficients, slab, slabs):
 
 @njit
 def _normalize(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero):
+    if _masked_by_vector(x):
+        _go_down(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero)
+    else:
+        _go_down(task, x, residual, y, None, coefficients, slab, slabs, lanes, zero)
+        if mask is not None:
+            first, last = _rows_of(slab, slabs, x)
+            for row in range(first, last):
+                rows.pack(y[row], mask[row])
+
+
+@njit
+def _go_down(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero):
     first, last = _rows_of(slab, slabs, x)
     width = x.shape[1]
-    by_vector = _masked_by_vector(x)
     streamed = is_streamed(x, y, task.collected)
-    options = task.residual != 0, task.relu != 0, task.mask != 0 and by_vector, streamed
+    options = task.relu != 0, streamed
     for row in range(first, last, GROUP):
         for left in range(0, width, lanes):
             k, stop = min(left, width - lanes), min(row + GROUP, last)
             stripes.normalize(x, residual, y, mask, coefficients, options, row, stop, k, zero)
-    if task.mask and not by_vector:
-        for row in range(first, last):
-            rows.pack(y[row], mask[row])
     if streamed:
         finish_streams()
 
@@ -152,26 +160,37 @@ def _normalize(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zer
 @njit
 def grad_sums(task, grad, x, mask, behind_relu, partials, work, coefficients, slab):
     """Sums of the gradient behind the ReLU; a mask's gradient is written to ``behind_relu``."""
-    if task.mask and not _masked_by_vector(x):
+    if _masked_by_vector(x):
+        masked = mask is not None
+        _choose_lanes(task, masked, grad, x, mask, behind_relu, coefficients, partials, work, slab)
+    elif mask is not None:
         first, last = _rows_of(slab, len(partials), x)
         for row in range(first, last):
             rows.unpack(grad[row], mask[row], behind_relu[row])
         grad = behind_relu
-    arrays = grad, x, mask, behind_relu
-    if x.shape[1] < LANES:
-        _grad_sums(task, arrays, coefficients, partials, work, slab, 1, number_like(x, 0))
+        _choose_lanes(task, True, grad, x, None, behind_relu, coefficients, partials, work, slab)
     else:
-        _grad_sums(task, arrays, coefficients, partials, work, slab, LANES, zeros(x, LANES))
+        _choose_lanes(task, False, grad, x, None, behind_relu, coefficients, partials, work, slab)
 
 
 @njit
-def _grad_sums(task, arrays, coefficients, partials, work, slab, lanes, zero):
-    _, x, _, behind_relu = arrays
+def _choose_lanes(task, masked, grad, x, mask, behind_relu, coefficients, partials, work, slab):
+    gated = task.relu != 0 and not masked
+    arrays = grad, x, mask, behind_relu
+    if x.shape[1] < LANES:
+        _grad_sums(task, gated, *arrays, coefficients, partials, work, slab, 1, number_like(x, 0))
+    else:
+        _grad_sums(task, gated, *arrays, coefficients, partials, work, slab, LANES, zeros(x, LANES))
+
+
+@njit
+def _grad_sums(
+    task, gated, grad, x, mask, behind_relu, coefficients, partials, work, slab, lanes, zero
+):
     first, last = _rows_of(slab, len(partials), x)
     width, partial = x.shape[1], partials[slab]
-    gated, has_mask = task.relu != 0 and task.mask == 0, task.mask != 0 and _masked_by_vector(x)
-    streamed = has_mask and is_streamed(x, behind_relu, task.collected)
-    options = gated, has_mask, streamed
+    streamed = mask is not None and is_streamed(x, behind_relu, task.collected)
+    options = gated, streamed
     partial[:] = 0
     for start in range(first, last, ROWS):
         stop = min(start + ROWS, last)
@@ -179,7 +198,10 @@ def _grad_sums(task, arrays, coefficients, partials, work, slab, lanes, zero):
         for row in range(start, stop, GROUP):
             for left in range(0, width, lanes):
                 k, end = min(left, width - lanes), min(row + GROUP, stop)
-                stripes.add_grads(arrays, coefficients, options, row, end, k, left - k, work, zero)
+                stripes.add_grads(
+                    grad, x, mask, behind_relu, coefficients, options,
+                    row, end, k, left - k, work, zero,
+                )  # fmt: skip
         for k in range(width):
             partial[PLAIN, k] += work[0, k]
             partial[PRODUCT, k] += work[1, k]
@@ -210,7 +232,7 @@ def _grad_input(task, grad, x, result, coefficients, slab, slabs, lanes, zero):
     first, last = _rows_of(slab, slabs, x)
     width = x.shape[1]
     streamed = is_streamed(x, result, task.collected)
-    options = task.fixed != 0, task.relu != 0 and task.mask == 0, False, streamed
+    options = task.fixed != 0, task.relu != 0 and task.mask == 0, streamed
     for row in range(first, last, GROUP):
         for left in range(0, width, lanes):
             k, stop = min(left, width - lanes), min(row + GROUP, last)

@@ -15,7 +15,7 @@ import ctypes
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import (
     intrinsic,
@@ -92,6 +92,12 @@ def _make_array(context, builder, signature, args):
     data = builder.inttoptr(address, array.data.type)
     populate_array(array, data, shape, strides, itemsize, None)
     return array._getvalue()
+
+
+@njit
+def no_array(address, shape, dtype):
+    """None, in the place of `array_at`, where there is no such array."""
+    return None
 
 
 def widen(element):

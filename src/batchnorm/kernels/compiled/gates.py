@@ -37,56 +37,95 @@ def _beyond_vector(context, skip, value, zero):
     return value(skip, value, zero), code
 
 
-def store_passes(mask, row, column, y, zero):
-    """Writes one bit a number: whether ReLU lets it through. ``column`` is a multiple of eight."""
-    passes = np.packbits(~(y <= zero), bitorder="little")
-    mask[row, column // 8 : column // 8 + len(y) // 8] = passes
+def store_passes(mask, row, column, skip, y, zero):
+    """Writes one bit a number: whether ReLU lets it through.
+
+    The first ``skip`` numbers are left out; what follows them begins a byte.
+    """
+    passes = np.packbits(~(y <= zero)[skip:], bitorder="little")
+    byte = (column + skip) // 8
+    mask[row, byte : byte + len(passes)] = passes
 
 
 @overload(store_passes)
-def _store_passes(mask, row, column, y, zero):
-    if isinstance(y, Vector):
-        return lambda mask, row, column, y, zero: _store_bits(mask, row, column // 8, y, zero)
-    return lambda mask, row, column, y, zero: None
+def _store_passes(mask, row, column, skip, y, zero):
+    if not isinstance(y, Vector):
+        return lambda mask, row, column, skip, y, zero: None
+    lanes = y.lanes
+
+    def store(mask, row, column, skip, y, zero):
+        if skip == 0:
+            _store_bits(mask, row, column // 8, _passes(y, zero))
+            return
+        bits, byte = np.uint64(_passes(y, zero)) >> np.uint64(skip), (column + skip) // 8
+        for k in range((lanes - skip + 7) // 8):
+            mask[row, byte + k] = np.uint8(bits >> np.uint64(8 * k))
+
+    return store
 
 
 @intrinsic
-def _store_bits(context, mask, row, byte, y, zero):
+def _passes(context, y, zero):
     def code(context, builder, signature, args):
-        passes = builder.fcmp_unordered(">", args[3], args[4])
-        bits = builder.bitcast(passes, ir.IntType(y.lanes))
+        passes = builder.fcmp_unordered(">", args[0], args[1])
+        return builder.bitcast(passes, ir.IntType(y.lanes))
+
+    return types.Integer.from_bitwidth(y.lanes, signed=False)(y, zero), code
+
+
+@intrinsic
+def _store_bits(context, mask, row, byte, bits):
+    def code(context, builder, signature, args):
         place = element_at(context, builder, signature, args)
-        builder.store(bits, builder.bitcast(place, bits.type.as_pointer()), align=1)
+        builder.store(args[3], builder.bitcast(place, args[3].type.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.void(mask, row, byte, y, zero), code
+    return types.void(mask, row, byte, bits), code
 
 
 def where_passed(mask, row, column, value, zero):
     """``value`` where `store_passes` has set the bit, else zero."""
-    bits = mask[row, column // 8 : column // 8 + len(value) // 8]
-    return np.where(np.unpackbits(bits, bitorder="little"), value, zero)
+    bits = np.unpackbits(mask[row], bitorder="little")[column : column + len(value)]
+    return np.where(bits, value, zero)
 
 
 @overload(where_passed)
 def _where_passed(mask, row, column, value, zero):
-    if isinstance(value, Vector):
-        return lambda mask, row, column, value, zero: _where_bits(
-            mask, row, column // 8, value, zero
-        )
-    return lambda mask, row, column, value, zero: value
+    if not isinstance(value, Vector):
+        return lambda mask, row, column, value, zero: value
+    bits_of_vector = types.Integer.from_bitwidth(value.lanes, signed=False)
+    lanes = value.lanes
+
+    def where(mask, row, column, value, zero):
+        first, shift = column // 8, column % 8
+        if shift == 0:
+            return _where_bits(_load_bits(mask, row, first, value), value, zero)
+        bits = np.uint64(0)
+        for byte in range(first, (column + lanes - 1) // 8 + 1):
+            bits |= np.uint64(mask[row, byte]) << np.uint64(8 * (byte - first))
+        return _where_bits(bits_of_vector(bits >> np.uint64(shift)), value, zero)
+
+    return where
 
 
 @intrinsic
-def _where_bits(context, mask, row, byte, value, zero):
+def _load_bits(context, mask, row, byte, value):
     def code(context, builder, signature, args):
         bits = ir.IntType(value.lanes)
         place = element_at(context, builder, signature, args)
-        loaded = builder.load(builder.bitcast(place, bits.as_pointer()), align=1)
-        passes = builder.bitcast(loaded, lanes_of(value, ir.IntType(1)))
-        return builder.select(passes, args[3], args[4])
+        return builder.load(builder.bitcast(place, bits.as_pointer()), align=1)
 
-    return value(mask, row, byte, value, zero), code
+    bits = types.Integer.from_bitwidth(value.lanes, signed=False)
+    return bits(mask, row, byte, value), code
+
+
+@intrinsic
+def _where_bits(context, bits, value, zero):
+    def code(context, builder, signature, args):
+        passes = builder.bitcast(args[0], lanes_of(value, ir.IntType(1)))
+        return builder.select(passes, args[1], args[2])
+
+    return value(bits, value, zero), code
 
 
 def where_positive(y, value, zero):

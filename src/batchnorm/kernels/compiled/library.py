@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from batchnorm.kernels import parallel
 from batchnorm.kernels.compiled import backwards, forwards, planes, storage
+from batchnorm.kernels.compiled.elements import array_at, no_array
+from batchnorm.kernels.compiled.statistics import SUMS
 from batchnorm.kernels.compiled.task import LAYOUT, RECORD, Task
 from batchnorm.kernels.geometry import Geometry, geometry_of
 
@@ -38,8 +41,14 @@ MAKERS = {
 # With fewer channels than this, some threads would wait for the others, unless it comes out even.
 CHANNELS_A_THREAD = 4
 _WORK = math.prod(planes.WORK)
-# These are done by all threads, the others are short.
-SHARED = ("collect", "apply")
+# Tensors that are read twice, and how many bytes of them at most are expected to be in the L3 cache
+# when they are read again.
+READ: dict[Pass, int] = {"forward": 1, "backward": 2}
+CACHED = 1 << 25
+# These are done by all threads, the others only if there are many channels.
+SHARED, MANY = ("collect", "apply"), 512
+# Parts of the scratch memory begin at a line of the cache.
+LINE = 64
 
 _Prototype = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t)
 _kept = threading.local()
@@ -82,24 +91,28 @@ class _Kernel(NamedTuple):
 def run(which: Pass, steps: tuple[str, ...], x: Tensor, tensors: Tensors, options: Options) -> None:
     """Does the steps, in their order, on as many threads as the size of ``x`` deserves.
 
-    Threads share out channels if there are enough of them: then all steps are done for a channel
-    while it is in the cache. Else they share out slabs and rows, one step after the other.
+    Where memory waits, threads share out channels, and all steps are done for a channel while it is
+    in the L2 cache. Else they share out what lies one after the other in memory, one step after the
+    other.
     """
     geometry = geometry_of(x)
-    kernel = _kernel(which, geometry.columns, x.dtype)
+    optional = (tensors.residual is not None,) if which == "forward" else ()
+    kernel = _kernel(which, geometry.columns, x.dtype, (*optional, tensors.mask is not None))
     team = team_for(x)
-    block = _borrowed(_needed(geometry, team))
-    addresses = _memory(geometry, block, x, tensors)
+    parts = _parts_of_block(geometry, team)
+    block = _borrowed(sum(parts))
+    addresses = _memory(parts, block, x, tensors)
     collected = "collect" in steps
+    by_cell = not collected or not shares_channels(x, which, team)
     place = (*addresses, *geometry[1:], x.numel() // x.shape[1])
     if team == 1:
-        kernel.call(LAYOUT.pack(*place, *_flags(steps), False, collected, *options), 0, 1)
-    elif collected and shares_channels(geometry, team):
+        kernel.call(LAYOUT.pack(*place, *_flags(steps), by_cell, collected, *options), 0, 1)
+    elif not by_cell:
         _share(kernel, LAYOUT.pack(*place, *_flags(steps), False, collected, *options), team)
     else:
         for together in _parts(steps):
             task = LAYOUT.pack(*place, *_flags(together), True, collected, *options)
-            _share(kernel, task, team if together[0] in SHARED else 1)
+            _share(kernel, task, team if _is_shared(together, geometry) else 1)
     _kept.block = block
 
 
@@ -108,11 +121,18 @@ def team_for(x: Tensor) -> int:
     return parallel.team_for(x.numel() * x.element_size())
 
 
-def shares_channels(geometry: Geometry, team: int) -> bool:
-    """Whether threads share out channels, not slabs."""
+def shares_channels(x: Tensor, which: Pass, team: int) -> bool:
+    """Whether threads that collect and apply share out channels, if they may."""
+    geometry = geometry_of(x)
     channels = geometry.channels
     even = channels >= CHANNELS_A_THREAD * team or channels % team == 0
-    return even and not geometry.columns
+    read = x.numel() * x.element_size() * READ[which]
+    return even and not geometry.columns and read > CACHED
+
+
+def _is_shared(steps: tuple[str, ...], geometry: Geometry) -> bool:
+    shared = steps[0] in SHARED
+    return shared or (geometry.channels >= MANY and not geometry.columns)
 
 
 @cache
@@ -147,18 +167,18 @@ def _columns(geometry: Geometry) -> int:
     return geometry.fold * geometry.channels * geometry.repeat
 
 
-def _needed(geometry: Geometry, team: int) -> int:
-    """Bytes of `task.ADDRESSES`' last three, eight for a number."""
-    columns = _columns(geometry)
-    return 8 * (columns * (7 * geometry.slabs + 6) + max(3 * columns, _WORK) * team)
+def _parts_of_block(geometry: Geometry, team: int) -> list[int]:
+    """Bytes of `task.ADDRESSES`' last four, in whole lines."""
+    columns, recent = _columns(geometry), math.prod(planes.RECENT)
+    sizes = (SUMS * geometry.slabs * columns, 6 * columns, max(3 * columns, _WORK) * team)
+    return [-(-8 * numbers // LINE) * LINE for numbers in (*sizes, recent * team)]
 
 
-def _memory(geometry: Geometry, block: _Block, x: Tensor, tensors: Tensors) -> list[int]:
+def _memory(parts: list[int], block: _Block, x: Tensor, tensors: Tensors) -> list[int]:
     """Addresses in the order of `task.ADDRESSES`."""
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    coefficients = block.address + 8 * _columns(geometry) * 7 * geometry.slabs
-    work = coefficients + 8 * _columns(geometry) * 6
-    return [x.data_ptr(), *addresses, block.address, coefficients, work]
+    *starts, _ = accumulate(parts, initial=block.address)
+    return [x.data_ptr(), *addresses, *starts]
 
 
 class _Block(NamedTuple):
@@ -177,20 +197,23 @@ def _borrowed(size: int) -> _Block:
     """
     block = _kept.__dict__.pop("block", None)
     if block is None or block.size < size:
-        memory = np.empty(size, np.uint8)
-        block = _Block(memory.ctypes.data, size, memory)
+        memory = np.empty(size + LINE, np.uint8)
+        block = _Block(-(-memory.ctypes.data // LINE) * LINE, size, memory)
     return block
 
 
 @cache
-def _kernel(which: Pass, columns: bool, dtype: torch.dtype) -> _Kernel:
+def _kernel(which: Pass, columns: bool, dtype: torch.dtype, given: tuple[bool, ...]) -> _Kernel:
+    """The kernel for tensors of which the optional ones are given or not, in their order."""
     element = ELEMENTS[dtype]
     number = np.float64 if dtype == torch.float64 else np.float32
-    function = MAKERS[which, columns](element, number)
+    optional = tuple(array_at if there else no_array for there in given)
+    function = MAKERS[which, columns](element, number, optional)
     if config.DISABLE_JIT:
         return _Kernel(lambda task, *share: function(Task.from_buffer_copy(task), *share), None)
-    family = "columns" if columns else "planes"
-    address = compiled(f"{which}_{family}_{np.dtype(element).name}", function, SIGNATURE)
+    family, with_what = "columns" if columns else "planes", "".join(str(int(g)) for g in given)
+    name = f"{which}_{family}_{np.dtype(element).name}_{with_what}"
+    address = compiled(name, function, SIGNATURE)
     return _Kernel(_Prototype(address), address)
 
 

@@ -4,8 +4,10 @@
 Sums leave out the first ``skip`` places, which belong to the vector before. Like everything in
 `batchnorm.kernels.compiled.vectors`, all of this works on single numbers as well.
 
-No product is fused with a sum in `_affine`: `normalize` and `_gradient` must compute the same ``y``
-to the last bit, or the gradient of ReLU would pass where the output was cut.
+A mask and a residual may be None, and what is done with them is then not compiled.
+
+`normalize` and `_gradient` compute the same ``y`` to the last bit, or the gradient of ReLU would
+pass where the output was cut.
 """
 
 from __future__ import annotations
@@ -26,22 +28,25 @@ def add_deviation(x, r, k, skip, centre, sums, zero):
 
 @njit(forceinline=True)
 def _affine(element, centre, scale, offset):
-    return (element - centre) * scale + offset
+    return fused(element - centre, scale, offset)
 
 
 @njit(forceinline=True)
-def normalize(x, residual, y, mask, options, r, k, numbers, zero):
-    """``y = (x - centre) * scale + offset + residual``, then ReLU, which lets NaN through."""
-    has_residual, relu, has_mask, streamed = options
+def normalize(x, residual, y, mask, options, r, k, skip, numbers, zero):
+    """``y = (x - centre) * scale + offset + residual``, then ReLU, which lets NaN through.
+
+    ``options`` are whether there is a ReLU and whether ``y`` is streamed.
+    """
+    relu, streamed = options
     centre, scale, offset = numbers
     value = _affine(load(x, r, k, zero), centre, scale, offset)
-    if has_residual:
+    if residual is not None:
         value = value + load(residual, r, k, zero)
     if relu:
         value = where_positive(value, value, zero)
     store(y, r, k, value, streamed)
-    if has_mask:
-        store_passes(mask, r, k, rounded(value, y), zero)
+    if mask is not None:
+        store_passes(mask, r, k, skip, rounded(value, y), zero)
 
 
 @njit(forceinline=True)
@@ -54,17 +59,17 @@ def _gradient(gated, g, element, like, centre, scale, offset, zero):
 
 
 @njit(forceinline=True)
-def add_grads(arrays, options, r, k, skip, numbers, sums, zero):
+def add_grads(grad, x, mask, behind_relu, options, r, k, skip, numbers, sums, zero):
     """Adds the gradient, and its product with ``x_hat``, to two sums.
 
-    With a mask, the gradient behind the ReLU is written to ``behind_relu``.
+    With a mask, the gradient behind the ReLU is written to ``behind_relu``. ``options`` are whether
+    the gradient is gated by ``x`` and whether ``behind_relu`` is streamed.
     """
-    grad, x, mask, behind_relu = arrays
-    gated, has_mask, streamed = options
+    gated, streamed = options
     centre, inv_std, scale, offset = numbers
     plain, product = sums
     g, element = load(grad, r, k, zero), load(x, r, k, zero)
-    if has_mask:
+    if mask is not None:
         g = where_passed(mask, r, k, g, zero)
         store(behind_relu, r, k, g, streamed)
     g = beyond(skip, _gradient(gated, g, element, x, centre, scale, offset, zero), zero)
@@ -75,16 +80,18 @@ def add_grads(arrays, options, r, k, skip, numbers, sums, zero):
 def grad_input(grad, x, mask, result, options, r, k, numbers, zero):
     """``result = scale * grad + tilt * x_hat + level``, or just ``scale * grad`` if ``fixed``.
 
-    ``options`` are whether statistics are fixed, the gradient is gated by ``x`` or by the mask, the
-    result streamed.
+    ``options`` are whether statistics are fixed, the gradient is gated by ``x``, the result
+    streamed.
     """
-    fixed, gated, has_mask, streamed = options
+    fixed, gated, streamed = options
     centre, inv_std, scale, offset, tilt, level = numbers
     element = load(x, r, k, zero)
     g = load(grad, r, k, zero)
-    if has_mask:
+    if mask is not None:
         g = where_passed(mask, r, k, g, zero)
-    value = scale * _gradient(gated, g, element, x, centre, scale, offset, zero)
-    if not fixed:
-        value = fused((element - centre) * inv_std, tilt, value) + level
+    g = _gradient(gated, g, element, x, centre, scale, offset, zero)
+    if fixed:
+        value = scale * g
+    else:
+        value = fused(scale, g, fused((element - centre) * inv_std, tilt, level))
     store(result, r, k, value, streamed)

@@ -1,7 +1,8 @@
 """Contiguous (N, C, L) with long rows, as a matrix of N * C rows: a channel is every C-th of them.
 
 Long rows are cut into pieces. The pieces of a channel are numbered through all samples; a slab is a
-run of them, and a slab is collected block by block.
+run of them, and a slab is collected block by block. A *cell* is one channel of a piece or of a
+slab; cells are numbered as they lie in memory, channel after channel.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from batchnorm.kernels.compiled.statistics import (
     TILT,
     add_moments,
 )
+from batchnorm.kernels.compiled.task import share
 from batchnorm.kernels.compiled.vectors import (
     FEW,
     LANES,
@@ -34,8 +36,11 @@ from batchnorm.kernels.compiled.vectors import (
     zeros,
 )
 
-# The most elements of a row that are summed up in their own precision, 64 in each lane.
+# The most elements of a row that are gone through at a time.
 PIECE = 4096
+# Elements of a channel that are summed up in their own precision, 64 in each of `FEW` sums; or one
+# piece, if it has more.
+NARROW = 1024
 # Elements of a channel that are summed up about one centre: of the shape alone, like slabs.
 BLOCK = 65536
 # Neighbouring channels are gone through together if their rows are short: so many at the most, so
@@ -43,9 +48,11 @@ BLOCK = 65536
 TOGETHER, RUN, KEPT = 64, 16384, 1 << 19
 # A row that is nowhere, however many are added.
 NOWHERE = -(1 << 60)
-# Where the centres begin in ``work``; before them are two rows of sums for each channel.
+# Two rows of sums for each channel that is gone through together, and then the centres.
 CENTRES = 2 * TOGETHER
 WORK = (3 * TOGETHER, FEW)
+# Two rows of sums for each, in the precision of the elements.
+RECENT = (2 * TOGETHER, FEW)
 
 
 @njit
@@ -56,39 +63,72 @@ def group_size(x, channels, tensors):
 
 
 @njit
-def share_of_pieces(x, channels, part, parts):
-    """First and last piece of one of several equal parts."""
-    pieces = len(x) // channels * _cuts(x)
-    return pieces * part // parts, pieces * (part + 1) // parts
+def pieces_of(x, channels):
+    """How many pieces a channel has."""
+    return len(x) // channels * _cuts(x)
 
 
 @njit
-def collect(x, channels, partials, work, first, last, slab):
-    """Sums of one slab of the channels from ``first`` to ``last``."""
+def shares(task, x, thread, team):
+    """What a thread does: its channels, and its cells of slabs and of pieces.
+
+    Between collecting and applying cells, when all of memory waits, channels are shared out.
+    """
+    channels = task.channels
+    slabs, pieces = task.slabs * channels, pieces_of(x, channels) * channels
+    if not task.by_cell or not (task.collect or task.apply):
+        return share(channels, thread, team), (0, slabs), (0, pieces)
+    return (0, channels), share(slabs, thread, team), share(pieces, thread, team)
+
+
+@njit
+def _pieces_of_slab(x, channels, slab, slabs):
+    pieces = pieces_of(x, channels)
+    return pieces * slab // slabs, pieces * (slab + 1) // slabs
+
+
+@njit
+def clipped(first, last, number, channels, cells):
+    """The channels from ``first`` to ``last`` of one piece or slab that are among some cells."""
+    begin, end = cells
+    return max(first, begin - number * channels), min(last, end - number * channels)
+
+
+@njit
+def collect(x, channels, partials, sums, first, last, cells):
+    """Sums of the channels from ``first`` to ``last`` in the slabs of some cells."""
+    begin, end = cells
+    for slab in range(begin // channels, (end + channels - 1) // channels):
+        low, high = clipped(first, last, slab, channels, cells)
+        _collect_slab(x, channels, partials, sums, low, high, slab)
+
+
+@njit
+def _collect_slab(x, channels, partials, sums, first, last, slab):
     partial = partials[slab]
     partial[:, first:last] = 0
-    begin, end = share_of_pieces(x, channels, slab, len(partials))
-    step, group = _pieces_of_block(x), group_size(x, channels, 1)
+    begin, end = _pieces_of_slab(x, channels, slab, len(partials))
+    step, group = _pieces_up_to(BLOCK, x), group_size(x, channels, 1)
     for start in range(first, last, group):
         for piece in range(begin, end, step):
             pieces = piece, min(piece + step, end)
-            _collect_block(x, channels, partial, work, start, min(start + group, last), pieces)
+            _collect_block(x, channels, partial, sums, start, min(start + group, last), pieces)
 
 
 @njit
-def _collect_block(x, channels, partial, work, first, last, pieces):
+def _collect_block(x, channels, partial, sums, first, last, pieces):
     """Sums about a first idea of the mean; about the block's own mean if that lies far off."""
-    count = _count(x, channels, pieces)
+    work, count = sums[0], _count(x, channels, pieces)
     for c in range(first, last):
         guess = number_like(x, _guess(x, channels, partial, c, pieces[0]))
         work[CENTRES + c - first, 0] = guess
-    _deviate(x, channels, work, first, first, last, pieces)
+    _deviate(x, channels, sums, first, first, last, pieces)
     for c in range(first, last):
         k = c - first
         linear, squares = rows.totals_of(work, k)
         if 2 * linear * linear > squares * count:
             work[CENTRES + k, 0] = number_like(x, work[CENTRES + k, 0] + linear / count)
-            _deviate(x, channels, work, first, c, c + 1, pieces)
+            _deviate(x, channels, sums, first, c, c + 1, pieces)
             linear, squares = rows.totals_of(work, k)
         add_moments(partial, c, count, work[CENTRES + k, 0], linear, squares)
 
@@ -103,20 +143,24 @@ def _guess(x, channels, partial, c, piece):
 
 
 @njit
-def _deviate(x, channels, work, origin, first, last, pieces):
-    """Sums of ``x - centre`` and its square; ``work`` begins with channel ``origin``."""
+def _deviate(x, channels, sums, origin, first, last, pieces):
+    """Sums of ``x - centre`` and its square; ``sums`` begin with channel ``origin``."""
+    work, recent = sums
     vectors = zeros(x, LANES), zeros(x, FEW)
     begin, end = pieces
-    work[2 * (first - origin) : 2 * (last - origin), :] = 0
-    for piece in range(begin, end):
-        following = min(piece + 1, end - 1)
-        for c in range(first, last):
-            r, start, stop = _bounds(piece, channels, c, x)
-            ahead, ahead_start, _ = _bounds(following, channels, c, x)
-            centre = number_like(x, work[CENTRES + c - origin, 0])
-            rows.add_deviations(
-                x, r, start, stop, (ahead, ahead_start), centre, work, c - origin, vectors
-            )
+    step = _pieces_up_to(NARROW, x)
+    rows.clear(sums, first - origin, last - origin)
+    for run in range(begin, end, step):
+        for piece in range(run, min(run + step, end)):
+            following = min(piece + 1, end - 1)
+            for c in range(first, last):
+                r, start, stop = _bounds(piece, channels, c, x)
+                ahead, ahead_start, _ = _bounds(following, channels, c, x)
+                centre = number_like(x, work[CENTRES + c - origin, 0])
+                rows.add_deviations(
+                    x, r, start, stop, (ahead, ahead_start), centre, recent, c - origin, vectors
+                )
+        rows.keep(sums, first - origin, last - origin)
 
 
 @njit
@@ -130,14 +174,19 @@ def _count(x, channels, pieces):
 
 
 @njit
-def normalize(task, x, residual, y, mask, coefficients, first, last, begin, end):
-    """``y`` of some pieces of some channels, the last ones first if they are still cached."""
+def normalize(task, x, residual, y, mask, coefficients, first, last, cells):
+    """``y`` of some channels in the pieces of some cells.
+
+    The last pieces come first if they may still be cached.
+    """
     streamed = is_streamed(x, y, task.collected)
-    options = task.residual != 0, task.relu != 0, task.mask != 0, streamed
+    options = task.relu != 0, streamed
     ahead_by = _ahead(task, first, last)
     vectors = zeros(x, LANES), zeros(x, FEW)
+    begin, end = _pieces_of_cells(cells, task.channels)
     for piece in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
-        for c in range(first, last):
+        low, high = clipped(first, last, piece, task.channels, cells)
+        for c in range(low, high):
             r, start, stop = _bounds(piece, task.channels, c, x)
             numbers = coefficients[CENTRE, c], coefficients[SCALE, c], coefficients[OFFSET, c]
             ahead = r + ahead_by
@@ -147,72 +196,101 @@ def normalize(task, x, residual, y, mask, coefficients, first, last, begin, end)
 
 
 @njit
-def grad_sums(task, grad, x, mask, behind_relu, partials, coefficients, work, first, last, slab):
+def grad_sums(
+    task, grad, x, mask, behind_relu, partials, coefficients, sums, first, last, cells
+):  # fmt: skip
     """Sums of the gradient behind the ReLU; a mask's gradient is written to ``behind_relu``."""
-    begin, end = share_of_pieces(x, task.channels, slab, len(partials))
-    has_mask = task.mask != 0
-    streamed = has_mask and is_streamed(x, behind_relu, task.collected)
-    options = task.relu != 0 and not has_mask, has_mask, streamed
-    arrays = grad, x, mask, behind_relu
-    step, group = _pieces_of_block(x), group_size(x, task.channels, 2)
-    partials[slab, : PRODUCT + 1, first:last] = 0
-    for start in range(first, last, group):
-        stop = min(start + group, last)
-        for piece in range(begin, end, step):
-            pieces = piece, min(piece + step, end)
-            _add_grads(arrays, options, task.channels, coefficients, work, start, stop, pieces)
-            for c in range(start, stop):
-                plain, product = rows.totals_of(work, c - start)
-                partials[slab, PLAIN, c] += plain
-                partials[slab, PRODUCT, c] += product
+    streamed = mask is not None and is_streamed(x, behind_relu, task.collected)
+    options = task.relu != 0 and mask is None, streamed
+    begin, end = cells
+    for slab in range(begin // task.channels, (end + task.channels - 1) // task.channels):
+        low, high = clipped(first, last, slab, task.channels, cells)
+        _sum_slab(
+            grad, x, mask, behind_relu, options, task.channels, partials, coefficients, sums,
+            low, high, slab,
+        )  # fmt: skip
     if streamed:
         finish_streams()
 
 
 @njit
-def _add_grads(arrays, options, channels, coefficients, work, first, last, pieces):
-    x = arrays[1]
-    vectors = zeros(x, LANES), zeros(x, FEW)
-    work[: 2 * (last - first), :] = 0
-    for piece in range(pieces[0], pieces[1]):
-        for c in range(first, last):
-            r, start, stop = _bounds(piece, channels, c, x)
-            numbers = (
-                coefficients[CENTRE, c], coefficients[INV_STD, c],
-                coefficients[SCALE, c], coefficients[OFFSET, c],
-            )  # fmt: skip
-            rows.add_grads(arrays, options, r, start, stop, numbers, work, c - first, vectors)
+def _sum_slab(
+    grad, x, mask, behind_relu, options, channels, partials, coefficients, sums, first, last, slab
+):
+    pieces = _pieces_of_slab(x, channels, slab, len(partials))
+    group = group_size(x, channels, 2)
+    for start in range(first, last, group):
+        stop = min(start + group, last)
+        _add_grads(
+            grad, x, mask, behind_relu, options, channels, coefficients, sums, start, stop, pieces
+        )
+        for c in range(start, stop):
+            plain, product = rows.totals_of(sums[0], c - start)
+            partials[slab, PLAIN, c] = plain
+            partials[slab, PRODUCT, c] = product
 
 
 @njit
-def grad_input(task, arrays, result, coefficients, first, last, begin, end):
-    """Gradient of the input, the last pieces first if they are still cached."""
-    x = arrays[1]
-    streamed, has_mask = is_streamed(x, result, task.collected), task.mask != 0
-    options = task.fixed != 0, task.relu != 0 and not has_mask, has_mask, streamed
+def _add_grads(
+    grad, x, mask, behind_relu, options, channels, coefficients, sums, first, last, pieces
+):
+    vectors = zeros(x, LANES), zeros(x, FEW)
+    begin, end = pieces
+    step = _pieces_up_to(NARROW, x)
+    rows.clear(sums, 0, last - first)
+    for run in range(begin, end, step):
+        for piece in range(run, min(run + step, end)):
+            for c in range(first, last):
+                r, start, stop = _bounds(piece, channels, c, x)
+                numbers = (
+                    coefficients[CENTRE, c], coefficients[INV_STD, c],
+                    coefficients[SCALE, c], coefficients[OFFSET, c],
+                )  # fmt: skip
+                rows.add_grads(
+                    grad, x, mask, behind_relu, options,
+                    r, start, stop, numbers, sums[1], c - first, vectors,
+                )  # fmt: skip
+        rows.keep(sums, 0, last - first)
+
+
+@njit
+def grad_input(task, grad, x, mask, result, coefficients, first, last, cells):
+    """Gradient of the input, of some channels in the pieces of some cells; see `normalize`."""
+    streamed = is_streamed(x, result, task.collected)
+    options = task.fixed != 0, task.relu != 0 and mask is None, streamed
     ahead_by = _ahead(task, first, last)
     vectors = zeros(x, LANES), zeros(x, FEW)
+    begin, end = _pieces_of_cells(cells, task.channels)
     for piece in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
-        for c in range(first, last):
+        low, high = clipped(first, last, piece, task.channels, cells)
+        for c in range(low, high):
             r, start, stop = _bounds(piece, task.channels, c, x)
             numbers = (
                 coefficients[CENTRE, c], coefficients[INV_STD, c], coefficients[SCALE, c],
                 coefficients[OFFSET, c], coefficients[TILT, c], coefficients[LEVEL, c],
             )  # fmt: skip
-            rows.grad_input(arrays, result, options, r, start, stop, numbers, r + ahead_by, vectors)
+            rows.grad_input(
+                grad, x, mask, result, options, r, start, stop, numbers, r + ahead_by, vectors
+            )
     if streamed:
         finish_streams()
 
 
 @njit
-def _ahead(task, first, last):
-    """How many rows ahead to prefetch: to the channels that are collected next, if any are."""
-    return last - first if task.collected else NOWHERE
+def _pieces_of_cells(cells, channels):
+    return cells[0] // channels, (cells[1] + channels - 1) // channels
 
 
 @njit
-def _pieces_of_block(x):
-    return BLOCK // min(PIECE, x.shape[1])
+def _ahead(task, first, last):
+    """How many rows ahead to prefetch: to the channels that are collected next, if any are."""
+    return last - first if task.collected and not task.by_cell else NOWHERE
+
+
+@njit
+def _pieces_up_to(elements, x):
+    """How many pieces have so many elements, at least one."""
+    return max(1, elements // min(PIECE, x.shape[1]))
 
 
 @njit

@@ -1,10 +1,10 @@
 """A row of one channel, from one vector to the next.
 
-The two sums of a channel are kept in two rows of ``work``, as `FEW` numbers of float64 each: only
-within a row are they in the precision of the elements. A row is gone through by `LANES`, what is
-left by `FEW`. The last few begin further left where they would stand
-out on the right, so some elements may be done twice, with the same result. A row has at least
-`FEW` elements, but may be called for from anywhere in it.
+The two sums of channel ``k`` are `FEW` numbers each, in rows ``2 * k`` and ``2 * k + 1`` of two
+arrays: ``recent``, in the precision of the elements, from which `keep` adds them to ``work``, in
+float64. A row is gone through by `LANES`, what is left by `FEW`. The last few begin further left
+where they would stand out on the right, so some elements may be done twice, with the same result. A
+row has at least `FEW` elements, but may be called for from anywhere in it.
 """
 
 from __future__ import annotations
@@ -27,40 +27,59 @@ from batchnorm.kernels.compiled.vectors import (
 )
 
 
-@njit(forceinline=True)
-def add_deviations(x, r, start, stop, ahead, centre, work, k, vectors):
-    """Adds ``x - centre`` and its square to the sums of channel ``k`` in ``work``.
-
-    ``ahead`` is the row and the first element to be prefetched meanwhile.
-    """
-    wide, few = vectors
-    of_lanes, sums = (wide, wide), (few, few)
-    end = stop - (stop - start) % LANES
-    for j in range(start, end, LANES):
-        prefetch(x, ahead[0], ahead[1] + j - start, wide)
-        of_lanes = maps.add_deviation(x, r, j, 0, filled(centre, wide), of_lanes, wide)
-    for j in range(end, stop, FEW):
-        prefetch(x, ahead[0], ahead[1] + j - start, few)
-        left = min(j, stop - FEW)
-        sums = maps.add_deviation(x, r, left, j - left, filled(centre, few), sums, few)
-    _keep(work, k, of_lanes, sums, few)
+@njit
+def clear(sums, first, last):
+    """Sets the sums of some channels to zero."""
+    work, recent = sums
+    work[2 * first : 2 * last, :] = 0
+    recent[2 * first : 2 * last, :] = 0
 
 
-@njit(forceinline=True)
-def _keep(work, k, of_lanes, sums, few):
-    """Adds the sums of a row to those of its channel."""
-    whole = zeros(work, FEW)
-    for place in range(2):
-        row = sums[place] + folded(of_lanes[place], few)
-        r = 2 * k + place
-        store(work, r, 0, load(work, r, 0, whole) + doubled(row))
+@njit
+def keep(sums, first, last):
+    """Adds the recent sums of some channels to their sums in float64, and clears them."""
+    work, recent = sums
+    few, whole = zeros(recent, FEW), zeros(work, FEW)
+    for r in range(2 * first, 2 * last):
+        store(work, r, 0, load(work, r, 0, whole) + doubled(load(recent, r, 0, few)))
+        store(recent, r, 0, few)
 
 
 @njit
 def totals_of(work, k):
-    """The two sums of channel ``k`` in ``work``."""
+    """The two sums of channel ``k``."""
     whole = zeros(work, FEW)
     return total(load(work, 2 * k, 0, whole)), total(load(work, 2 * k + 1, 0, whole))
+
+
+@njit(forceinline=True)
+def _add(recent, k, sums, few):
+    """Adds the sums of a row to the recent ones."""
+    for place in range(2):
+        r = 2 * k + place
+        store(recent, r, 0, load(recent, r, 0, few) + sums[place])
+
+
+@njit(forceinline=True)
+def add_deviations(x, r, start, stop, ahead, centre, recent, k, vectors):
+    """Adds ``x - centre`` and its square to the recent sums of channel ``k``.
+
+    ``ahead`` is the row and the first element to be prefetched meanwhile.
+    """
+    wide, few = vectors
+    sums = few, few
+    end = stop - (stop - start) % LANES
+    if start < end:
+        of_lanes = wide, wide
+        for j in range(start, end, LANES):
+            prefetch(x, ahead[0], ahead[1] + j - start, wide)
+            of_lanes = maps.add_deviation(x, r, j, 0, filled(centre, wide), of_lanes, wide)
+        sums = folded(of_lanes[0], few), folded(of_lanes[1], few)
+    for j in range(end, stop, FEW):
+        prefetch(x, ahead[0], ahead[1] + j - start, few)
+        left = min(j, stop - FEW)
+        sums = maps.add_deviation(x, r, left, j - left, filled(centre, few), sums, few)
+    _add(recent, k, sums, few)
 
 
 @njit(forceinline=True)
@@ -71,52 +90,42 @@ def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, vec
     for j in range(start, end, LANES):
         if ahead >= 0:
             prefetch(x, ahead, j, wide)
-        maps.normalize(x, residual, y, mask, options, r, j, _filled3(numbers, wide), wide)
-    has_residual, relu, has_mask, _ = options
-    whole = stop - (stop - end) % FEW if has_mask else stop
-    for j in range(end, whole, FEW):
-        k = min(j, stop - FEW)
-        maps.normalize(x, residual, y, mask, options, r, k, _filled3(numbers, few), few)
-    if whole < stop:
-        alone = has_residual, relu, False, False
-        for j in range(whole, stop):
-            maps.normalize(x, residual, y, mask, alone, r, j, numbers, number_like(x, 0))
-        pack(y[r, whole:stop], mask[r, whole // 8 : (stop + 7) // 8])
-
-
-@njit(forceinline=True)
-def add_grads(arrays, options, r, start, stop, numbers, work, k, vectors):
-    """`maps.add_grads` of a part of a row, to the sums of channel ``k`` in ``work``."""
-    wide, few = vectors
-    of_lanes, sums = (wide, wide), (few, few)
-    end = stop - (stop - start) % LANES
-    for j in range(start, end, LANES):
-        of_lanes = maps.add_grads(arrays, options, r, j, 0, _filled4(numbers, wide), of_lanes, wide)
-    gated, has_mask, streamed = options
-    whole = stop - (stop - end) % FEW if has_mask else stop
-    of_few = _filled4(numbers, few)
-    for j in range(end, whole, FEW):
+        maps.normalize(x, residual, y, mask, options, r, j, 0, _filled3(numbers, wide), wide)
+    of_few = _filled3(numbers, few)
+    for j in range(end, stop, FEW):
         left = min(j, stop - FEW)
-        sums = maps.add_grads(arrays, options, r, left, j - left, of_few, sums, few)
-    if whole < stop:
-        grad, x, mask, behind_relu = arrays
-        bits = mask[r, whole // 8 : (stop + 7) // 8]
-        unpack(grad[r, whole:stop], bits, behind_relu[r, whole:stop])
-        rest, unmasked = (behind_relu, x, mask, behind_relu), (gated, False, streamed)
-        left = stop - FEW
-        sums = maps.add_grads(rest, unmasked, r, left, whole - left, of_few, sums, few)
-    _keep(work, k, of_lanes, sums, few)
+        maps.normalize(x, residual, y, mask, options, r, left, j - left, of_few, few)
 
 
 @njit(forceinline=True)
-def grad_input(arrays, result, options, r, start, stop, numbers, ahead, vectors):
+def add_grads(grad, x, mask, behind_relu, options, r, start, stop, numbers, recent, k, vectors):
+    """`maps.add_grads` of a part of a row, to the recent sums of channel ``k``."""
+    wide, few = vectors
+    sums = few, few
+    end = stop - (stop - start) % LANES
+    if start < end:
+        of_lanes, of_wide = (wide, wide), _filled4(numbers, wide)
+        for j in range(start, end, LANES):
+            of_lanes = maps.add_grads(
+                grad, x, mask, behind_relu, options, r, j, 0, of_wide, of_lanes, wide
+            )
+        sums = folded(of_lanes[0], few), folded(of_lanes[1], few)
+    of_few = _filled4(numbers, few)
+    for j in range(end, stop, FEW):
+        left = min(j, stop - FEW)
+        sums = maps.add_grads(
+            grad, x, mask, behind_relu, options, r, left, j - left, of_few, sums, few
+        )
+    _add(recent, k, sums, few)
+
+
+@njit(forceinline=True)
+def grad_input(grad, x, mask, result, options, r, start, stop, numbers, ahead, vectors):
     """`maps.grad_input` of a part of a row.
 
     With a mask, the gradient is taken through it once more: it is still cached, while what
     `add_grads` wrote behind the ReLU may have been streamed to memory.
     """
-    grad, x, mask, behind_relu = arrays
-    fixed, gated, has_mask, streamed = options
     wide, few = vectors
     end = stop - (stop - start) % LANES
     for j in range(start, end, LANES):
@@ -124,14 +133,10 @@ def grad_input(arrays, result, options, r, start, stop, numbers, ahead, vectors)
             prefetch(x, ahead, j, wide)
             prefetch(grad, ahead, j, wide)
         maps.grad_input(grad, x, mask, result, options, r, j, _filled6(numbers, wide), wide)
-    whole = stop - (stop - end) % FEW if has_mask else stop
     of_few = _filled6(numbers, few)
-    for j in range(end, whole, FEW):
-        k = min(j, stop - FEW)
-        maps.grad_input(grad, x, mask, result, options, r, k, of_few, few)
-    if whole < stop:
-        unmasked = fixed, gated, False, streamed
-        maps.grad_input(behind_relu, x, mask, result, unmasked, r, stop - FEW, of_few, few)
+    for j in range(end, stop, FEW):
+        left = min(j, stop - FEW)
+        maps.grad_input(grad, x, mask, result, options, r, left, of_few, few)
 
 
 @njit(forceinline=True)

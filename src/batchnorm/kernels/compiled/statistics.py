@@ -13,10 +13,10 @@ from numba import njit
 
 from batchnorm.kernels.compiled.elements import widen
 
-# Rows of ``partials[slab]``: sums about a shift, then those of the block at hand; or the two sums
-# of the gradient.
-COUNT, SHIFT, LINEAR, SQUARES, CENTRE_OF_BLOCK, REST, SPREAD = range(7)
+# Rows of ``partials[slab]``: sums about a shift, or the two sums of the gradient.
+COUNT, SHIFT, LINEAR, SQUARES = range(4)
 PLAIN, PRODUCT = range(2)
+SUMS = 4
 # Rows of ``coefficients``.
 CENTRE, INV_STD, SCALE, OFFSET, TILT, LEVEL = range(6)
 SUSPICIOUS = 1e-30

@@ -34,15 +34,15 @@ def normalize(x, residual, y, mask, coefficients, options, first, last, k, zero)
         load(coefficients, SCALE, k, zero),
         load(coefficients, OFFSET, k, zero),
     )
-    streamed = options[3]
+    streamed = options[1]
     for r in range(first, last):
         if streamed:
             prefetch(x, r + last - first, k, zero)
-        maps.normalize(x, residual, y, mask, options, r, k, numbers, zero)
+        maps.normalize(x, residual, y, mask, options, r, k, 0, numbers, zero)
 
 
 @njit(forceinline=True)
-def add_grads(arrays, coefficients, options, first, last, k, skip, work, zero):
+def add_grads(grad, x, mask, behind_relu, coefficients, options, first, last, k, skip, work, zero):
     """`maps.add_grads` down some rows, to ``work[0]`` and ``work[1]``."""
     numbers = (
         load(coefficients, CENTRE, k, zero),
@@ -52,9 +52,9 @@ def add_grads(arrays, coefficients, options, first, last, k, skip, work, zero):
     )
     sums = load(work, 0, k, zero), load(work, 1, k, zero)
     for r in range(first, last):
-        prefetch(arrays[0], r + last - first, k, zero)
-        prefetch(arrays[1], r + last - first, k, zero)
-        sums = maps.add_grads(arrays, options, r, k, skip, numbers, sums, zero)
+        prefetch(grad, r + last - first, k, zero)
+        prefetch(x, r + last - first, k, zero)
+        sums = maps.add_grads(grad, x, mask, behind_relu, options, r, k, skip, numbers, sums, zero)
     store(work, 0, k, sums[0])
     store(work, 1, k, sums[1])
 
@@ -70,9 +70,9 @@ def grad_input(grad, x, result, coefficients, options, first, last, k, zero):
         load(coefficients, TILT, k, zero),
         load(coefficients, LEVEL, k, zero),
     )
-    streamed = options[3]
+    streamed = options[2]
     for r in range(first, last):
         if streamed:
             prefetch(x, r + last - first, k, zero)
             prefetch(grad, r + last - first, k, zero)
-        maps.grad_input(grad, x, x, result, options, r, k, numbers, zero)
+        maps.grad_input(grad, x, None, result, options, r, k, numbers, zero)

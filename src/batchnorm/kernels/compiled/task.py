@@ -7,7 +7,7 @@ import struct
 from typing import ClassVar
 
 import numpy as np
-from numba import from_dtype
+from numba import from_dtype, njit
 from numba.extending import intrinsic, overload
 
 ADDRESSES = (
@@ -27,6 +27,7 @@ ADDRESSES = (
     "partials",
     "coefficients",
     "work",
+    "recent",
 )
 NUMBERS = (
     # Shape: planes are (rows, channels, length), with one column a channel; columns are
@@ -44,10 +45,11 @@ NUMBERS = (
     "collect",
     "merge",
     "apply",
-    # How they are done: threads share slabs, not channels; what is applied was collected before,
+    # How they are done: threads share what lies one after the other in memory, not channels; what
+    # is applied was collected before,
     # in this call or in one just before; a ReLU is fused; mean and variance are constants; the sums
     # are given; the sums are wanted as the elements are computed, not in float64.
-    "by_slab",
+    "by_cell",
     "collected",
     "relu",
     "fixed",
@@ -69,6 +71,12 @@ class Task(ctypes.Structure):
 
 
 RECORD = from_dtype(np.dtype(Task))
+
+
+@njit
+def share(whole, thread, team):
+    """First and last of a thread's share."""
+    return whole * thread // team, whole * (thread + 1) // team
 
 
 def task_at(pointer):

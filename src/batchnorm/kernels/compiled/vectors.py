@@ -29,7 +29,7 @@ LINE = 64
 # Bytes of an array from which on results are written past the caches, because the next layer would
 # not find them there anyway: sooner in training, where they would take the place of what is read
 # twice.
-STREAMED, STREAMED_ALONE = 1 << 22, 1 << 25
+STREAMED, STREAMED_ALONE = 1 << 22, 1 << 24
 REAL = {32: ir.FloatType(), 64: ir.DoubleType()}
 WORD = ir.IntType(32)
 
