@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import nn
 
@@ -58,16 +60,20 @@ def layers_of(model):
 
 def statistics(model):
     """The bytes of all running statistics and counters."""
-    return {name: buffer.numpy().tobytes() for name, buffer in model.named_buffers()}
+    return {name: bytes_of(buffer) for name, buffer in model.named_buffers()}
 
 
 def everything(model):
     """All that a model is: classes, attributes, hooks, objects, and the bytes of the tensors."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     return {
-        "tensors": {n: (id(t), t.detach().numpy().tobytes(), t.requires_grad) for n, t in tensors},
+        "tensors": {n: (id(t), bytes_of(t), t.requires_grad) for n, t in tensors},
         "modules": {name: (type(m), attributes(m)) for name, m in model.named_modules()},
     }
+
+
+def bytes_of(tensor):
+    return tensor.detach().cpu().numpy().tobytes()
 
 
 def attributes(module):
@@ -75,6 +81,12 @@ def attributes(module):
         name: [(key, id(item)) for key, item in value.items()] if isinstance(value, dict) else value
         for name, value in vars(module).items()
     }
+
+
+def in_threads(*functions):
+    """Results of functions that run at the same time, each in a thread of its own."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result() for future in [pool.submit(f) for f in functions]]
 
 
 class Stop(BaseException):

@@ -38,7 +38,7 @@ class State:
 
 
 def states(layers: Mapping[str, _BatchNorm], seen: Mapping[str, Moments]) -> dict[str, State]:
-    """The state of every layer, in two transfers a device, whatever the number of layers.
+    """The state of every layer, in one transfer a device and dtype, whatever the number of layers.
 
     Args:
         layers: Which layers.
