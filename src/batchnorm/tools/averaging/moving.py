@@ -38,8 +38,8 @@ def ema_update(
             enough, recalibrate the target.
 
     Raises:
-        ValueError: ``decay`` is not in [0, 1], the policy is unknown, or names or shapes differ.
-            Nothing has been changed then.
+        ValueError: ``decay`` is not in [0, 1], the policy is unknown, names or shapes differ, or a
+            tensor has no values, being on the meta device. Nothing has been changed then.
 
     Source:
         Tarvainen and Valpola (2017), "Mean teachers are better role models"; ``"copy"`` is what
@@ -81,6 +81,12 @@ def _check_alike(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -
                 f"ema_update: {name} has the shape {ours} in the target and {theirs} in the model; "
                 "give two equal models."
             )
+        for who, tensor in (("target", targets[name]), ("model", sources[name])):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"ema_update: {name} is on the meta device in the {who} and has no values; "
+                    "load them first."
+                )
 
 
 _Pair = tuple[Tensor, Tensor]
@@ -111,10 +117,11 @@ def _move_statistics(mean: _Pair, var: _Pair, decay: float, *, between: bool) ->
         _move(*var, decay)
         return
     device = mean[0].device
-    shares = torch.tensor([decay, 1 - decay], dtype=torch.float64, device=device)
+    # Filled there: the device would be waited for to bring it a number.
+    share = torch.full((), decay, dtype=torch.float64, device=device)
     parts = [
-        Moments(share, m.to(device), v.to(device))
-        for share, m, v in zip(shares, mean, var, strict=True)
+        Moments(weight, m.to(device), v.to(device))
+        for weight, m, v in zip((share, 1 - share), mean, var, strict=True)
     ]
     merged = merge(*parts)
     mean[0].copy_(merged.mean)
