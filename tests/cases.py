@@ -76,10 +76,22 @@ class Arguments:
             name: None if tensor is None else tensor.detach().double().clone()
             for name, tensor in vars(self).items()
         }
-        arguments = Arguments(**wide)
-        for leaf in arguments.leaves().values():
+        return Arguments(**wide).as_leaves()
+
+    def on(self, device, layout):
+        """The same values on a device, in that layout there."""
+        there = {
+            name: None if tensor is None else tensor.detach().to(device, copy=True)
+            for name, tensor in vars(self).items()
+        }
+        for name in ("x", "residual"):
+            there[name] = None if there[name] is None else laid_out(there[name], layout)
+        return Arguments(**there).as_leaves()
+
+    def as_leaves(self):
+        for leaf in self.leaves().values():
             leaf.requires_grad_()
-        return arguments
+        return self
 
 
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,7 +133,7 @@ def arguments_of(case: Case, seed: int = 0) -> Arguments:
     residual = laid_out(normal(*case.shape).to(case.dtype), case.layout)
     weight, bias = (1 + 0.5 * normal(channels)).to(kept), normal(channels).to(kept)
     mean, var = normal(channels).to(kept), (0.5 + normal(channels).square()).to(kept)
-    arguments = Arguments(
+    return Arguments(
         x=x,
         running_mean=mean if case.statistics else None,
         running_var=var if case.statistics else None,
@@ -129,10 +141,7 @@ def arguments_of(case: Case, seed: int = 0) -> Arguments:
         bias=bias if case.bias else None,
         residual=residual if case.residual else None,
         grad_output=normal(*case.shape).to(case.dtype),
-    )
-    for leaf in arguments.leaves().values():
-        leaf.requires_grad_()
-    return arguments
+    ).as_leaves()
 
 
 def _fits(case: Case) -> bool:

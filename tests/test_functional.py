@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from batchnorm.functional import batch_norm, moments
+from calls import ours, results, torchs
 from cases import CASES, LOW_PRECISION, Case, arguments_of
 from scales import assert_close_for, scales
 
@@ -26,46 +27,8 @@ AS_TORCH = [
 ]
 
 
-def ours(arguments, case, training, kernels=None):
-    return batch_norm(
-        arguments.x,
-        arguments.running_mean,
-        arguments.running_var,
-        arguments.weight,
-        arguments.bias,
-        training,
-        residual=arguments.residual,
-        activation="relu" if case.relu else None,
-        kernels=kernels,
-    )
-
-
 def by_reference(arguments, case, training):
     return ours(arguments, case, training, "reference")
-
-
-def torchs(arguments, case, training):
-    y = F.batch_norm(
-        arguments.x,
-        arguments.running_mean,
-        arguments.running_var,
-        arguments.weight,
-        arguments.bias,
-        training,
-    )
-    y = y if arguments.residual is None else y + arguments.residual
-    return y.relu() if case.relu else y
-
-
-def results(compute, arguments, case, training):
-    """Output, gradients and running statistics by name."""
-    y = compute(arguments, case, training)
-    leaves = arguments.leaves()
-    grads = torch.autograd.grad(y, list(leaves.values()), arguments.grad_output)
-    found = {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-    if case.statistics:
-        found |= {"mean": arguments.running_mean, "var": arguments.running_var}
-    return found
 
 
 def assert_rounded_once(got, exact, name):

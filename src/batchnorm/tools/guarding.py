@@ -125,11 +125,11 @@ def guard(model: nn.Module, layers: Choice = None) -> Guard:
                 step.rollback()
 
     Costs about twenty small operations on tensors of one number a channel for each layer, some 80
-    microseconds on a CPU, and never waits for the device: what is kept out is decided and counted
-    there. An accelerated block calls its layers one by one meanwhile. Copies of the model stay
-    guarded, with counts of their own. Threads may call different layers; two that call one layer at
-    once may lose each other's update. Not for ``DataParallel``, which copies the layers at each
-    call.
+    microseconds on a CPU and 300 to launch them on a GPU, and never waits for the device: what is
+    kept out is decided and counted there. An accelerated block calls its layers one by one
+    meanwhile. Copies of the model stay guarded, with counts of their own. Threads may call
+    different layers; two that call one layer at once may lose each other's update. Not for
+    ``DataParallel``, which copies the layers at each call.
 
     Args:
         model: Any module.
