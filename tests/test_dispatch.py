@@ -48,7 +48,7 @@ def test_without_numba_the_reference_computes(monkeypatch):
     assert dispatch.choose(torch.zeros(2, 3)) is reference
     assert dispatch.explain(torch.zeros(2, 3)).endswith(f"The Numba kernels cannot: {reason}.")
     assert not dispatch.update_running(
-        torch.zeros(1), torch.ones(1), moments(torch.ones(2, 1)), 0.1
+        torch.zeros(1), torch.ones(1), None, moments(torch.ones(2, 1)), 0.1
     )
     with pytest.raises(
         RuntimeError,
@@ -85,7 +85,7 @@ def test_an_import_that_fails_leaves_the_reference(tmp_path, setup, reason):
     [
         ((2, 3, 8, 8), torch.contiguous_format, "planes, on the calling thread."),
         ((2, 3, 8, 8), torch.channels_last, "columns of a matrix, on the calling thread."),
-        ((16, 64, 32, 32), torch.contiguous_format, "planes, whose channels are shared out to 2"),
+        ((36, 64, 64, 64), torch.contiguous_format, "planes, whose channels are shared out to 2"),
         ((64, 3, 64, 64), torch.contiguous_format, "planes, whose rows are shared out to 2"),
     ],
 )

@@ -46,7 +46,7 @@ def poisoned(monkeypatch):
 
     def borrowed(size, borrow=library._borrowed):
         block = borrow(size)
-        block.memory[:] = 255
+        block.memory[:] = bytes([255]) * len(block.memory)
         return block
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
@@ -194,12 +194,28 @@ def test_the_number_of_threads_changes_no_bit(threads, shape, layout, residual):
     a = arguments_of(case)
     assert a.x.numel() * 4 > 256 * 1024
     results = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 8):
         threads(count)
         results.append(composites(numba_cpu, a, relu=True))
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 4, 64, 64), (8, 64, 20, 20), (32, 50, 7, 7), (1, 9, 200, 200)]
+)
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "residual-relu"])
+def test_what_threads_share_changes_no_bit(threads, monkeypatch, shape, residual):
+    """Cells in the order of memory, or channels as for tensors that no cache holds."""
+    a = arguments_of(Case(shape, torch.float32, residual=residual, relu=True))
+    threads(2)
+    cells = composites(numba_cpu, a, relu=True)
+    monkeypatch.setattr(library, "CACHED", 0)
+    monkeypatch.setattr(library, "_plan", library._plan.__wrapped__)
+    assert "whose channels" in numba_cpu.explain(a.x)
+    for name, value in composites(numba_cpu, a, relu=True).items():
+        assert torch.equal(value, cells[name]), name
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -297,7 +313,10 @@ def test_running_statistics_move_as_in_torch_to_the_bit(dtype, weight):
     batch = Moments(7, normal(50, dtype=torch.float64), normal(50, dtype=torch.float64).square())
     compiled, plain = ([normal(50, seed=s).to(dtype) for s in (1, 2)] for _ in range(2))
     versions = [buffer._version for buffer in compiled]
-    assert numba_cpu.update_running(*compiled, batch, weight)
+    counter = torch.tensor(6)
+    assert numba_cpu.update_running(*compiled, counter, batch, weight)
+    assert counter == 7
+    assert counter._version > 0
     updated_by_torch(*plain, batch, weight)
     for one, other, version in zip(compiled, plain, versions, strict=True):
         assert torch.equal(one, other)
@@ -307,11 +326,17 @@ def test_running_statistics_move_as_in_torch_to_the_bit(dtype, weight):
 def test_other_running_statistics_are_left_to_torch():
     batch = Moments(7, torch.zeros(3).double(), torch.ones(3).double())
     for buffer in (torch.zeros(3).bfloat16(), torch.zeros(6)[::2]):
-        assert not numba_cpu.update_running(buffer, buffer.clone(), batch, 0.1)
-    assert not numba_cpu.update_running(*torch.zeros(2, 3), batch, torch.tensor(0.1))
+        assert not numba_cpu.update_running(buffer, buffer.clone(), None, batch, 0.1)
+    usual = torch.zeros(2, 3)
+    assert not numba_cpu.update_running(*usual, None, batch, torch.tensor(0.1))
+    for counter in (torch.tensor(6.0), torch.tensor([6])):
+        assert not numba_cpu.update_running(*usual, counter, batch, 0.1)
+        assert counter == 6
     with torch.inference_mode():
-        made = torch.zeros(3)
-    assert not numba_cpu.update_running(made, made, batch, 0.1)
+        made, counter = torch.zeros(3), torch.tensor(6)
+    assert not numba_cpu.update_running(made, made, None, batch, 0.1)
+    assert not numba_cpu.update_running(*usual, counter, batch, 0.1)
+    assert not usual.any()
 
 
 SMALL = """
@@ -332,7 +357,9 @@ assert numba_cpu.moments(torch.full((5, 2, 40), 1e-25)).var.tolist() == [0, 0]
 assert numba_cpu.moments(torch.full((5, 2), 1e-25)).var.tolist() == [0, 0]
 batch = Moments(4, torch.ones(2).double(), torch.ones(2).double())
 moved, expected = torch.zeros(2, 2), torch.zeros(2, 2)
-assert numba_cpu.update_running(*moved, batch, 0.1)
+counter = torch.tensor(6)
+assert numba_cpu.update_running(*moved, counter, batch, 0.1)
+assert counter == 7
 updated_by_torch(*expected, batch, 0.1)
 assert torch.equal(moved, expected)
 big = arguments_of(Case((70, 2, 2, 500), torch.float32))

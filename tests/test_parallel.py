@@ -20,7 +20,7 @@ from numba import cfunc, types
 from batchnorm.kernels import parallel
 
 SIGNATURE = types.void(types.CPointer(types.intp), types.uintp, types.uintp)
-LENGTH, TEAM, HEADER = 0, 1, 2
+STAGE, LENGTH, TEAM, HEADER = 0, 1, 2, 3
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="about torch's OpenMP on Linux")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -29,11 +29,11 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork her
 @cfunc(SIGNATURE)
 def add_one(task, thread, team):
     """Adds one to each element of the share; tells the size of the team."""
-    length = task[0]
+    length = task[1]
     share, size = types.intp(thread), types.intp(team)
-    task[1] = size
+    task[2] = size
     for k in range(length * share // size, length * (share + 1) // size):
-        task[2 + k] += 1
+        task[3 + k] += 1
 
 
 usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
@@ -43,10 +43,10 @@ usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 def meet(task, thread, team):
     """Waits, two seconds at most, until the other of two shares has begun; tells if it had."""
     share = types.intp(thread)
-    task[share] = 1
+    task[1 + share] = 1
     for _ in range(2000):
-        if task[1 - share] == 1:
-            task[2 + share] = 1
+        if task[2 - share] == 1:
+            task[3 + share] = 1
             break
         usleep(1000)
 
@@ -120,9 +120,34 @@ def test_alone_is_a_team_of_one(team_kind, team):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the kernel sleeps by usleep")
 def test_shares_are_computed_at_the_same_time(team_kind):
-    task = np.zeros(4, np.intp)
+    task = np.zeros(5, np.intp)
     parallel.run(meet.address, task.ctypes.data, 2)
-    assert task.tolist() == [1, 1, 1, 1]
+    assert task.tolist() == [0, 1, 1, 1, 1]
+
+
+@cfunc(SIGNATURE)
+def double_and_swap(task, thread, team):
+    """Reads what all shares wrote in the stage before, and doubles it into the other half."""
+    length, stage = task[1], task[0]
+    share, size = types.intp(thread), types.intp(team)
+    source, target = stage % 2 * length, (stage + 1) % 2 * length
+    for k in range(length * share // size, length * (share + 1) // size):
+        task[3 + target + k] = 2 * task[3 + source + length - 1 - k]
+
+
+@pytest.mark.parametrize("team", [1, 2, 3])
+@pytest.mark.parametrize("stages", [1, 2, 7])
+def test_a_stage_begins_when_the_one_before_has_ended(team_kind, team, stages):
+    length = 5000
+    task = np.zeros(HEADER + 2 * length, np.intp)
+    task[LENGTH] = length
+    for _ in range(20):
+        task[HEADER : HEADER + length] = np.arange(length)
+        parallel.run(double_and_swap.address, task.ctypes.data, team, stages)
+        half = task[HEADER + stages % 2 * length :][:length]
+        expected = np.arange(length)[:: -1 if stages % 2 else 1]
+        assert (half == expected << stages).all()
+    assert task[STAGE] == stages - 1
 
 
 def test_from_several_python_threads_at_once(team_kind):
@@ -191,7 +216,7 @@ def test_an_interrupted_pool_leaves_no_share_running(monkeypatch):
 
     monkeypatch.setattr(parallel, "_Kernel", lambda address: kernel)
     with pytest.raises(KeyboardInterrupt):
-        pool.run(0, 0, 2)
+        pool.run(0, np.zeros(1, np.intp).ctypes.data, 2, 1)
     assert ended == [1]
     pool._helpers.shutdown()
 

@@ -8,7 +8,7 @@ saved statistic. See ``docs/decisions/0002-higher-derivatives.md``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ def forward(
         dispatch.refuse(kernels, "it is inside a transform (torch.func, vmap or forward mode)")
         return by_formula(*arguments[:-1])
     if not torch.is_grad_enabled():
+        if plain and fixed_mean is not None and fixed_var is not None:
+            y = operators.inference(
+                x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels
+            )
+            return y, fixed_mean, fixed_var
         compute = operators.forward if plain else torch.ops.batchnorm.forward
         return compute(*arguments)[:3]
     if not plain:
@@ -109,6 +114,21 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+class _Kept(NamedTuple):
+    """What backward needs beside tensors.
+
+    ``options`` are eps, relu, whether statistics were fixed, and kernels; ``channels_last`` is the
+    layout of ``x`` if there is a mask, else None.
+    """
+
+    plain: bool
+    options: tuple[float, bool, bool, str | None]
+    weight_dtype: torch.dtype | None
+    bias_dtype: torch.dtype | None
+    has_residual: bool
+    channels_last: bool | None
+
+
 class BatchNorm(Function):
     """Reverse mode around the operators.
 
@@ -145,12 +165,14 @@ class BatchNorm(Function):
         kept_bias = bias if relu and not masked else None
         ctx.save_for_backward(x, weight, kept_bias, mean, var, mask if masked else None)
         ctx.set_materialize_grads(False)
-        ctx.options = (eps, relu, fixed_mean is not None, kernels)
-        ctx.plain, ctx.masked = plain, masked
-        ctx.channels_last = masked and is_channels_last(x)
-        ctx.weight_dtype = None if weight is None else weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.has_residual = residual is not None
+        ctx.kept = _Kept(
+            plain,
+            (eps, relu, fixed_mean is not None, kernels),
+            None if weight is None else weight.dtype,
+            None if bias is None else bias.dtype,
+            residual is not None,
+            is_channels_last(x) if masked else None,
+        )
         if statistics is not None:
             statistics += (mean, var)
             return y
@@ -163,20 +185,25 @@ class BatchNorm(Function):
         grad_output = grad_outputs[0]
         if grad_output is None:
             return (None,) * 10
+        kept: _Kept = ctx.kept
         # Unpacked once: activation checkpointing allows no second time.
         grad_x, grad_weight, grad_bias, behind_relu = _gradients(
-            ctx, grad_output, *ctx.saved_tensors
+            kept, grad_output, *ctx.saved_tensors
         )
         grad_residual = None
-        if ctx.has_residual:
-            grad_residual = behind_relu if ctx.masked else grad_output
+        if kept.has_residual:
+            grad_residual = grad_output if kept.channels_last is None else behind_relu
         return (
             None,
             grad_x,
-            _rounded(grad_weight, ctx.weight_dtype),
-            _rounded(grad_bias, ctx.bias_dtype),
+            _rounded(grad_weight, kept.weight_dtype),
+            _rounded(grad_bias, kept.bias_dtype),
             grad_residual,
-            *(None,) * 5,
+            None,
+            None,
+            None,
+            None,
+            None,
         )
 
 
@@ -186,11 +213,13 @@ _apply = super(Function, BatchNorm).apply  # pyright: ignore[reportAttributeAcce
 
 
 def _rounded(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    return None if dtype is None else gradient.to(dtype)
+    if dtype is None:
+        return None
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _gradients(
-    ctx: Any,
+    kept: _Kept,
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -199,14 +228,14 @@ def _gradients(
     var: Tensor,
     mask: Tensor | None,
 ) -> Any:
-    eps, relu, fixed, kernels = ctx.options
+    eps, relu, fixed, kernels = kept.options
     if mask is not None:
-        x = _laid_out(x, channels_last=ctx.channels_last)
-    if weight is not None and ctx.bias_dtype not in (None, weight.dtype):
+        x = _laid_out(x, channels_last=kept.channels_last is True)
+    if weight is not None and kept.bias_dtype not in (None, weight.dtype):
         weight = weight.to(mean.dtype)  # Kernels round both gradients to the weight's dtype.
     arguments = (weight, bias, mean, var, mask, eps, relu, fixed)
     graded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not graded and ctx.plain and is_plain(grad_output, x):
+    if not graded and kept.plain and is_plain(grad_output, x):
         return operators.backward(grad_output, x, *arguments, kernels)
     if torch.compiler.is_compiling() or not (graded or is_transformed()):
         return torch.ops.batchnorm.backward(grad_output, x, *arguments, kernels)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from batchnorm import autograd, operators, validation
 from batchnorm.kernels import dispatch, reference
-from batchnorm.moments import Moments, empty, update_running
+from batchnorm.moments import Moments, count_batch, empty, update_running
 
 Activation = Literal["relu"] | None
 
@@ -68,6 +68,41 @@ def batch_norm(
         Ioffe and Szegedy (2015), "Batch Normalization", algorithms 1 and 2; the behaviour at the
         edges is that of ``torch.nn.functional.batch_norm``.
     """
+    return compute(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        None,
+        residual,
+        activation,
+        kernels,
+    )
+
+
+def compute(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    counter: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    kernels: str | None = None,
+) -> Tensor:
+    """`batch_norm`, for layers: one more batch is counted in ``counter``, if there is one.
+
+    It has to be counted together with the statistics: a small operation of its own costs as much
+    as moving them.
+    """
     validation.check_input(x)
     validation.check_activation(activation)
     validation.check_statistics(running_mean, running_var, training=training)
@@ -83,22 +118,17 @@ def batch_norm(
         validation.check_training(x, eps, momentum)
     fixed_mean, fixed_var = (None, None) if training else (running_mean, running_var)
     arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu")
-    plain = autograd.is_plain(x, weight, bias, residual, running_mean, running_var)
+    buffers = (running_mean, running_var, counter)
+    plain = autograd.is_plain(x, weight, bias, residual, *buffers)
     if not plain and _prefers_plain_torch(kernels, training=training):
         y, mean, var = _in_plain_torch(*arguments)
     else:
         y, mean, var = autograd.forward(*arguments, kernels, plain=plain)
     if training and running_mean is not None and running_var is not None:
         batch = Moments(x.numel() // x.shape[1], mean, var)
-        if not plain:
-            _update_running(running_mean, running_var, batch, momentum)
-            return y
-        largest = dispatch.update_running(running_mean, running_var, batch, momentum)
-        if largest is None:
-            _update_running(running_mean, running_var, batch, momentum)
-            operators.warn_of_overflow(x, var)
-        elif x.dtype != torch.float64:
-            operators.warn_of_largest(largest)
+        _move(x, running_mean, running_var, counter, batch, momentum, plain=plain)
+    elif counter is not None:
+        count_batch(counter)
     return y
 
 
@@ -165,6 +195,30 @@ def _of_nothing(
         return x.clone()
     zeros = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
     return reference.formula(x, zeros, zeros, 1.0, weight, bias, residual)
+
+
+def _move(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor | None,
+    batch: Moments,
+    momentum: float | Tensor,
+    *,
+    plain: bool,
+) -> None:
+    """Moves the running statistics towards those of a batch, and counts it."""
+    largest = None
+    if plain:
+        largest = dispatch.update_running(running_mean, running_var, counter, batch, momentum)
+    if largest is None:
+        _update_running(running_mean, running_var, batch, momentum)
+        if counter is not None:
+            count_batch(counter)
+        if plain:
+            operators.warn_of_overflow(x, batch.var)
+    elif x.dtype != torch.float64:
+        operators.warn_of_largest(largest)
 
 
 def _update_running(

@@ -64,6 +64,24 @@ def forward(
     return _in_layout_of(x, y), mean, var, mask
 
 
+def inference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    fixed_mean: Tensor,
+    fixed_var: Tensor,
+    eps: float,
+    relu: bool,
+    kernels: str | None,
+) -> Tensor:
+    """``y`` of `forward` by fixed statistics, where nothing is kept for a backward pass."""
+    y, _ = dispatch.choose(x, kernels).normalize(
+        x, fixed_mean, fixed_var, eps, weight, bias, residual, relu=relu
+    )
+    return _in_layout_of(x, y)
+
+
 def backward(
     grad_output: Tensor,
     x: Tensor,

@@ -35,10 +35,11 @@ def check_activation(activation: str | None) -> None:
 def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
     """Raises if a vector does not hold one value a channel, on x's device."""
     channels, on_cpu = x.shape[1] if x.dim() > 1 else 0, x.is_cpu
+    fitting = (channels,)
     for name, vector in vectors.items():
         if vector is None:
             continue
-        if vector.dim() != 1 or vector.numel() != channels:
+        if vector.shape != fitting:
             raise RuntimeError(
                 f"{name} should contain {channels} elements, one a channel (dimension 1 of the "
                 f"input of shape {tuple(x.shape)}), got shape {tuple(vector.shape)}"

@@ -62,13 +62,18 @@ def refuse(name: str | None, reason: str) -> None:
 
 
 def update_running(
-    running_mean: Tensor, running_var: Tensor, batch: Moments, weight: float | Tensor
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor | None,
+    batch: Moments,
+    weight: float | Tensor,
 ) -> float | None:
-    """Moves plain buffers on a CPU by compiled code.
+    """Moves plain buffers on a CPU by compiled code, and adds one to a counter.
 
     Args:
         running_mean: As for `batchnorm.moments.update_running`, which computes the same.
         running_var: As there.
+        counter: Batches so far; None if nobody counts them.
         batch: As there.
         weight: As there.
 
@@ -77,7 +82,7 @@ def update_running(
     """
     if numba_cpu is None:
         return None
-    return numba_cpu.update_running(running_mean, running_var, batch, weight)
+    return numba_cpu.update_running(running_mean, running_var, counter, batch, weight)
 
 
 def explain(x: Tensor, kernels: str | None = None) -> str:

@@ -57,11 +57,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 def geometry_of(x: Tensor) -> Geometry:
     """How the kernels will see ``x``."""
-    return _geometry(tuple(x.shape), is_channels_last(x))
+    return geometry_of_shape(x.shape, channels_last=is_channels_last(x))
 
 
 @lru_cache(1024)
-def _geometry(shape: tuple[int, ...], channels_last: bool) -> Geometry:
+def geometry_of_shape(shape: torch.Size, *, channels_last: bool) -> Geometry:
+    """The same, of any contiguous or channels-last tensor of that shape."""
     n, channels = shape[:2]
     length = math.prod(shape[2:])
     if not channels_last and length >= SHORT:

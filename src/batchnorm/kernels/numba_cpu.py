@@ -12,13 +12,20 @@ from torch import Tensor
 
 from batchnorm.kernels import parallel
 from batchnorm.kernels.compiled import library, running
-from batchnorm.kernels.compiled.library import Options, Tensors
+from batchnorm.kernels.compiled.library import Options
 from batchnorm.kernels.contract import Gate, Gradients
 from batchnorm.kernels.geometry import geometry_of, is_channels_last, mask_size
 from batchnorm.moments import Moments
 
 # Named, because torch.set_default_device may have set another one.
 _CPU = torch.device("cpu")
+_ALL_FORWARD = ("collect", "merge", "prepare", "apply")
+_ALL_BACKWARD = ("prepare", "collect", "merge", "apply")
+_FORWARD = {
+    (relu, single): Options(relu=relu, single=single)
+    for relu in (False, True)
+    for single in (False, True)
+}
 
 
 def refusal(x: Tensor) -> str | None:
@@ -42,26 +49,33 @@ def explain(x: Tensor) -> str:
         text += "after copying it into contiguous memory, "
     if team == 1:
         return text + "on the calling thread."
-    shares = "channels" if library.shares_channels(x, "forward", team) else "rows"
+    by_channel = library.shares_channels(geometry, "forward", x.nbytes, team)
+    shares = "channels" if by_channel else "rows"
     return f"{text}whose {shares} are shared out to {team} threads of {parallel.backend()}."
 
 
 def update_running(
-    running_mean: Tensor, running_var: Tensor, batch: Moments, weight: float | Tensor
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor | None,
+    batch: Moments,
+    weight: float | Tensor,
 ) -> float | None:
-    """`batchnorm.moments.update_running` in one call, to the same bits.
+    """`batchnorm.moments.update_running` and `count_batch` in one call, to the same bits.
 
     Returns:
         The largest variance of the batch, or None if nothing was done.
     """
-    return running.update(running_mean, running_var, batch.mean, batch.var, batch.count, weight)
+    statistics = batch.mean, batch.var, batch.count
+    return running.update(running_mean, running_var, counter, *statistics, weight)
 
 
 def moments(x: Tensor) -> Moments:
     """Mean and biased variance of each channel, in float64."""
     x = _laid_out(x)
     mean, var = _new_statistics(x)
-    library.run("forward", ("collect", "merge"), x, Tensors(mean=mean, var=var), Options())
+    plan = library.plan("forward", ("collect", "merge"), x, (False, False), Options())
+    plan.run(_of_forward(x, mean, var), 0.0)
     return Moments(x.numel() // x.shape[1], mean, var)
 
 
@@ -76,25 +90,8 @@ def normalize(
     *,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One read and one write."""
-    x = _laid_out(x)
-    y, mask = torch.empty_like(x), _new_mask(x, residual) if relu else None
-    library.run(
-        "forward",
-        ("prepare", "apply"),
-        x,
-        Tensors(
-            residual=_laid_out_like(x, residual),
-            y=y,
-            mask=mask,
-            weight=_parameter(weight, x),
-            bias=_parameter(bias, x),
-            mean=mean,
-            var=var,
-        ),
-        Options(relu=relu, eps=eps),
-    )
-    return y, mask
+    """One read and one write; mean and variance may also be float32."""
+    return _normalize(("prepare", "apply"), x, mean, var, eps, weight, bias, residual, relu=relu)
 
 
 def grad_sums(
@@ -107,9 +104,9 @@ def grad_sums(
     gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both sums in one pass."""
-    sums, options = _new_statistics(x), Options(gate is not None, eps=eps)
-    steps = ("prepare", "collect", "merge")
-    _backward(steps, grad_output, x, mean, var, weight, gate, sums, options)
+    sums, steps = _new_statistics(x), ("prepare", "collect", "merge")
+    options = Options(relu=gate is not None)
+    _backward(steps, grad_output, x, mean, var, eps, weight, gate, sums, options)
     return sums
 
 
@@ -129,8 +126,8 @@ def grad_input(
     # Where a mask has to be unpacked, that is done together with the sums.
     masked = gate is not None and gate.mask is not None
     steps = ("prepare", "collect", "merge", "apply") if masked else ("prepare", "merge", "apply")
-    options = Options(gate is not None, given=True, eps=eps)
-    return _backward(steps, grad_output, x, mean, var, weight, gate, sums, options)
+    options = Options(relu=gate is not None, given=True)
+    return _backward(steps, grad_output, x, mean, var, eps, weight, gate, sums, options)
 
 
 def forward(
@@ -142,26 +139,37 @@ def forward(
     *,
     relu: bool = False,
 ) -> tuple[Tensor, Moments, Tensor | None]:
-    """`moments`, then `normalize` by them, while the channel is in the cache."""
-    x = _laid_out(x)
-    y, mask = torch.empty_like(x), _new_mask(x, residual) if relu else None
+    """`moments`, then `normalize` by them, while the data is in the cache."""
     mean, var = _new_statistics(x)
-    library.run(
-        "forward",
-        ("collect", "merge", "prepare", "apply"),
-        x,
-        Tensors(
-            residual=_laid_out_like(x, residual),
-            y=y,
-            mask=mask,
-            weight=_parameter(weight, x),
-            bias=_parameter(bias, x),
-            mean=mean,
-            var=var,
-        ),
-        Options(relu=relu, eps=eps),
-    )
+    y, mask = _normalize(_ALL_FORWARD, x, mean, var, eps, weight, bias, residual, relu=relu)
     return y, Moments(x.numel() // x.shape[1], mean, var), mask
+
+
+def _normalize(
+    steps: tuple[str, ...],
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    relu: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``y`` and perhaps a mask; mean and variance are filled first, if the steps say so."""
+    x, dtype = _laid_out(x), _number_dtype(x)
+    y, mask = torch.empty_like(x), _new_mask(x, residual) if relu else None
+    residual = None if residual is None else _laid_out_like(x, residual)
+    weight = None if weight is None else _as(dtype, weight)
+    bias = None if bias is None else _as(dtype, bias)
+    single = mean.dtype == torch.float32 == var.dtype
+    if not single:
+        mean, var = _as(torch.float64, mean), _as(torch.float64, var)
+    given = residual is not None, mask is not None
+    plan = library.plan("forward", steps, x, given, _FORWARD[relu, single])
+    plan.run(_of_forward(x, mean, var, y, residual, mask, weight, bias), eps)
+    return y, mask
 
 
 def backward(
@@ -175,12 +183,12 @@ def backward(
     *,
     fixed: bool = False,
 ) -> Gradients:
-    """`grad_sums`, then `grad_input` by them, while the channel is in the cache."""
-    steps = ("prepare", "collect", "merge", "apply")
+    """`grad_sums`, then `grad_input` by them, while the data is in the cache."""
     sums = _new_sums(weight, x)
-    narrow = sums[0].dtype != torch.float64
-    options = Options(gate is not None, fixed, narrow=narrow, eps=eps)
-    grad_x, behind_relu = _backward(steps, grad_output, x, mean, var, weight, gate, sums, options)
+    options = Options(gate is not None, fixed, narrow=sums[0].dtype != torch.float64)
+    grad_x, behind_relu = _backward(
+        _ALL_BACKWARD, grad_output, x, mean, var, eps, weight, gate, sums, options
+    )
     return Gradients(grad_x, sums[1], sums[0], behind_relu)
 
 
@@ -190,38 +198,79 @@ def _backward(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
+    eps: float,
     weight: Tensor | None,
     gate: Gate | None,
     sums: tuple[Tensor, Tensor],
     options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of ``x`` and ``residual``; ``sums`` are filled, or read if they are given."""
-    x = _laid_out(x)
-    mask, bias = (None, None) if gate is None else (gate.mask, gate.bias)
+    x, dtype = _laid_out(x), _number_dtype(x)
+    bias, mask = (None, None) if gate is None else gate
+    mask = None if mask is None else _as(torch.uint8, mask)
+    weight = None if weight is None else _as(dtype, weight)
+    bias = None if bias is None else _as(dtype, bias)
+    grad_output = _laid_out_like(x, grad_output)
+    mean, var = _as(torch.float64, mean), _as(torch.float64, var)
     grad_x = torch.empty_like(x)
     behind_relu = None if mask is None else torch.empty_like(x)
-    tensors = Tensors(
-        mask=None if mask is None else _as(torch.uint8, mask),
-        grad=_laid_out_like(x, grad_output),
-        grad_x=grad_x,
-        behind_relu=behind_relu,
-        weight=_parameter(weight, x),
-        bias=_parameter(bias, x),
-        mean=_as(torch.float64, mean),
-        var=_as(torch.float64, var),
-        sum_grad=sums[0],
-        sum_grad_x_hat=sums[1],
+    addresses = (
+        x.data_ptr(),
+        0,
+        0,
+        _address(mask),
+        grad_output.data_ptr(),
+        grad_x.data_ptr(),
+        _address(behind_relu),
+        _address(weight),
+        _address(bias),
+        mean.data_ptr(),
+        var.data_ptr(),
+        sums[0].data_ptr(),
+        sums[1].data_ptr(),
     )
-    library.run("backward", steps, x, tensors, options)
+    library.plan("backward", steps, x, (mask is not None,), options).run(addresses, eps)
     return grad_x, behind_relu
+
+
+def _of_forward(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[int, ...]:
+    """Addresses in the order of `task.ADDRESSES`, for a forward pass."""
+    return (
+        x.data_ptr(),
+        _address(residual),
+        _address(y),
+        _address(mask),
+        0,
+        0,
+        0,
+        _address(weight),
+        _address(bias),
+        mean.data_ptr(),
+        var.data_ptr(),
+        0,
+        0,
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _laid_out(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
-def _laid_out_like(x: Tensor, other: Tensor | None) -> Tensor | None:
-    if other is None or (other.stride() == x.stride() and other.dtype == x.dtype):
+def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+    if other.stride() == x.stride() and other.dtype == x.dtype:
         return other
     return torch.empty_like(x).copy_(other)
 
@@ -249,10 +298,9 @@ def _new_mask(x: Tensor, residual: Tensor | None) -> Tensor | None:
     return mask
 
 
-def _parameter(values: Tensor | None, x: Tensor) -> Tensor | None:
-    if values is None:
-        return None
-    return _as(torch.float64 if x.dtype == torch.float64 else torch.float32, values)
+def _number_dtype(x: Tensor) -> torch.dtype:
+    """In which numbers elements of ``x`` are computed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ import torch
 # Less data than this is computed sooner than a team is woken.
 SERIAL_BELOW = 256 * 1024
 
-# What GOMP_parallel calls on each thread. The team may be smaller than the one asked for, so the
-# kernel is told what OpenMP says. ``%call`` points to an array of four addresses: the kernel, its
-# task, omp_get_thread_num and omp_get_num_threads.
+# ``%body`` is what GOMP_parallel calls on each thread. The team may be smaller than the one asked
+# for, so the kernel is told what OpenMP says. ``%call`` points to an array of five addresses: the
+# kernel, its task, omp_get_thread_num, omp_get_num_threads and GOMP_parallel. ``%conduct`` lets the
+# team do one stage after the other.
 _BODY = """
 define void @body(ptr %call) {
   %at_task = getelementptr ptr, ptr %call, i64 1
@@ -47,10 +48,30 @@ define void @body(ptr %call) {
   call void %kernel(ptr %task, i64 %thread, i64 %team)
   ret void
 }
+
+define void @conduct(ptr %call, i32 %team, i64 %stages) {
+start:
+  %at_task = getelementptr ptr, ptr %call, i64 1
+  %at_parallel = getelementptr ptr, ptr %call, i64 4
+  %task = load ptr, ptr %at_task
+  %parallel = load ptr, ptr %at_parallel
+  br label %next
+next:
+  %stage = phi i64 [ 0, %start ], [ %following, %next ]
+  store i64 %stage, ptr %task
+  call void %parallel(ptr @body, ptr %call, i32 %team, i32 0)
+  %following = add i64 %stage, 1
+  %more = icmp ult i64 %following, %stages
+  br i1 %more, label %next, label %end
+end:
+  ret void
+}
 """
 
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-_Call = ctypes.c_void_p * 4
+_Call = ctypes.c_void_p * 5
+_Conduct = ctypes.CFUNCTYPE(None, _Call, ctypes.c_uint, ctypes.c_size_t)
+_Stage = ctypes.c_int64
 
 
 def team_for(size_in_bytes: int) -> int:
@@ -62,20 +83,24 @@ def team_for(size_in_bytes: int) -> int:
     return 1 if size_in_bytes < SERIAL_BELOW else torch.get_num_threads()
 
 
-def run(kernel: int, task: int, team: int) -> None:
+def run(kernel: int, task: int, team: int, stages: int = 1) -> None:
     """Computes all shares of a task, each exactly once, and returns when all are done.
 
     The GIL is released meanwhile. Any Python thread may call this at any time.
 
     Args:
         kernel: Address of the compiled function; see the module's docstring.
-        task: Address handed to it. What lies there must live until this returns.
+        task: Address handed to it. What lies there must live until this returns. The first eight
+            bytes are the number of the stage.
         team: How many threads to ask for. The kernel is told how many there are.
+        stages: How often all shares are computed; a stage begins when the one before has ended.
     """
     if team <= 1 or _forked:
-        _Kernel(kernel)(task, 0, 1)
+        for stage in range(stages):
+            _Stage.from_address(task).value = stage
+            _Kernel(kernel)(task, 0, 1)
     else:
-        _found().run(kernel, task, team)
+        _found().run(kernel, task, team, stages)
 
 
 def backend() -> str:
@@ -89,17 +114,13 @@ class _TorchTeam:
     name = "torch's OpenMP team"
 
     def __init__(self, runtime: ctypes.CDLL) -> None:
-        self._parallel = runtime.GOMP_parallel
-        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        self._parallel.restype = None
-        self._number_of = _address(runtime.omp_get_thread_num)
-        self._size_of = _address(runtime.omp_get_num_threads)
+        functions = "omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"
+        self._functions = [_address(getattr(runtime, name)) for name in functions]
         self._code = _compiled(_BODY)
-        self._body = self._code.get_function_address("body")
+        self._conduct = _Conduct(self._code.get_function_address("conduct"))
 
-    def run(self, kernel: int, task: int, team: int) -> None:
-        call = _Call(kernel, task, self._number_of, self._size_of)
-        self._parallel(self._body, call, team, 0)
+    def run(self, kernel: int, task: int, team: int, stages: int) -> None:
+        self._conduct(_Call(kernel, task, *self._functions), team, stages)
 
 
 class _ThreadPool:
@@ -110,8 +131,12 @@ class _ThreadPool:
     def __init__(self) -> None:
         self._helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="batchnorm")
 
-    def run(self, kernel: int, task: int, team: int) -> None:
-        compute = _Kernel(kernel)
+    def run(self, kernel: int, task: int, team: int, stages: int) -> None:
+        for stage in range(stages):
+            _Stage.from_address(task).value = stage
+            self._run_stage(_Kernel(kernel), task, team)
+
+    def _run_stage(self, compute: Any, task: int, team: int) -> None:
         shares = {share: Future() for share in range(1, team)}
 
         def help_with(share: int) -> None:

@@ -61,6 +61,7 @@ def normalize(
     relu: bool = False,
 ) -> tuple[Float[Tensor, "n c *spatial"], UInt8[Tensor, " bytes"] | None]:
     """`formula`, and with a residual and a ReLU the mask."""
+    mean, var = mean.to(statistics_dtype(x)), var.to(statistics_dtype(x))
     y = formula(x, mean, var, eps, weight, bias, residual, relu=relu)
     return y, geometry.pack(_passes(y), x) if relu and residual is not None else None
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from batchnorm.functional import Activation, batch_norm
-from batchnorm.moments import count_batch, weight_of_new_batch
+from batchnorm.functional import Activation, compute
+from batchnorm.moments import weight_of_new_batch
 from batchnorm.validation import check_activation
 
 
@@ -48,7 +48,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         uses_buffers = tracks or not self.training
         running_mean = self.running_mean if uses_buffers else None
         running_var = self.running_var if uses_buffers else None
-        output = batch_norm(
+        return compute(
             input,
             running_mean,
             running_var,
@@ -57,14 +57,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.training or running_mean is None,
             self._weight_of_this_batch() if tracks and running_mean is not None else 0.0,
             self.eps,
-            residual=residual,
-            activation=self.activation,
+            self.num_batches_tracked if tracks else None,
+            residual,
+            self.activation,
         )
-        if tracks and input.numel() > 0:
-            counter = self.num_batches_tracked
-            if counter is not None:
-                count_batch(counter)
-        return output
 
     def extra_repr(self) -> str:
         """Torch's own, and the activation if there is one."""

@@ -1,4 +1,4 @@
-"""The backward kernels: prepare, collect, merge and apply, in one call or in several."""
+"""The backward kernels: prepare, collect, merge and apply, in one stage or in several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from batchnorm.kernels.compiled import columns, planes
 from batchnorm.kernels.compiled.elements import array_at
 from batchnorm.kernels.compiled.merging import merge_grads_of, prepare
 from batchnorm.kernels.compiled.statistics import SUMS
-from batchnorm.kernels.compiled.task import share, task_at
+from batchnorm.kernels.compiled.task import (
+    APPLY,
+    COLLECT,
+    MERGE,
+    PREPARE,
+    share,
+    steps_of,
+    task_at,
+)
 
 
 def of_planes(element, number, optional):
@@ -27,30 +35,33 @@ def of_planes(element, number, optional):
         mask = mask_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
-        partials = array_at(task.partials, (task.slabs, SUMS, task.channels), np.float64)
-        coefficients = array_at(task.coefficients, (6, task.channels), number)
-        sums = (
-            array_at(task.work, (team, *planes.WORK), np.float64)[thread],
-            array_at(task.recent, (team, *planes.RECENT), number)[thread],
+        partials = array_at(
+            task.scratch + task.partials, (task.slabs, SUMS, task.channels), np.float64
         )
-        channels, of_slabs, of_pieces = planes.shares(task, x, thread, team)
+        coefficients = array_at(task.scratch + task.coefficients, (6, task.channels), number)
+        sums = (
+            array_at(task.scratch + task.work, (team, *planes.WORK), np.float64)[thread],
+            array_at(task.scratch + task.recent, (team, *planes.RECENT), number)[thread],
+        )
+        steps = steps_of(task)
+        channels, of_slabs, of_pieces = planes.shares(task, steps, x, thread, team)
         group = (
             planes.group_size(x, task.channels, 2)
-            if task.collect and task.apply
+            if steps & COLLECT and steps & APPLY
             else max(1, task.channels)
         )
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
-            if task.prepare:
+            if steps & PREPARE:
                 prepare(task, coefficients, weight, bias, first, last)
-            if task.collect:
+            if steps & COLLECT:
                 planes.grad_sums(
                     task, grad, x, mask, behind_relu, partials, coefficients, sums,
                     first, last, of_slabs,
                 )  # fmt: skip
-            if task.merge:
+            if steps & MERGE:
                 merge_grads_of(task, partials, coefficients, first, last)
-            if task.apply:
+            if steps & APPLY:
                 planes.grad_input(task, grad, x, mask, grad_x, coefficients, first, last, of_pieces)
 
     return backward
@@ -70,22 +81,23 @@ def of_columns(element, number, optional):
         mask = mask_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
-        partials = array_at(task.partials, (task.slabs, SUMS, width), np.float64)
-        coefficients = array_at(task.coefficients, (6, width), number)
-        work = array_at(task.work, (team, 3, width), number)[thread]
+        partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
+        coefficients = array_at(task.scratch + task.coefficients, (6, width), number)
+        work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
+        steps, alone = steps_of(task), thread == 0
         from_slab, to_slab = share(task.slabs, thread, team)
-        if task.prepare:
+        if alone and steps & PREPARE:
             prepare(task, coefficients, weight, bias, 0, task.channels)
-        if task.collect:
+        if steps & COLLECT:
             for slab in range(from_slab, to_slab):
                 columns.grad_sums(
                     task, grad, x, mask, behind_relu, partials, work, coefficients, slab
                 )
-        if task.merge:
+        if alone and steps & MERGE:
             if not task.given:
                 columns.gather_grads(partials)
             merge_grads_of(task, partials[:1], coefficients, 0, task.channels)
-        if task.apply:
+        if steps & APPLY:
             behind = behind_relu if task.mask else grad
             for slab in range(to_slab - 1, from_slab - 1, -1):
                 columns.grad_input(task, behind, x, grad_x, coefficients, slab, task.slabs)

@@ -6,7 +6,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +19,8 @@ from batchnorm.kernels import parallel
 from batchnorm.kernels.compiled import backwards, forwards, planes, storage
 from batchnorm.kernels.compiled.elements import array_at, no_array
 from batchnorm.kernels.compiled.statistics import SUMS
-from batchnorm.kernels.compiled.task import LAYOUT, RECORD, Task
-from batchnorm.kernels.geometry import Geometry, geometry_of
+from batchnorm.kernels.compiled.task import CALL, CONSTANTS, RECORD, SIZE, STEPS, Task
+from batchnorm.kernels.geometry import Geometry, geometry_of_shape, is_channels_last
 
 Pass = Literal["forward", "backward"]
 
@@ -40,35 +40,17 @@ MAKERS = {
 }
 # With fewer channels than this, some threads would wait for the others, unless it comes out even.
 CHANNELS_A_THREAD = 4
-_WORK = math.prod(planes.WORK)
 # Tensors that are read twice, and how many bytes of them at most are expected to be in the L3 cache
 # when they are read again.
 READ: dict[Pass, int] = {"forward": 1, "backward": 2}
 CACHED = 1 << 25
-# These are done by all threads, the others only if there are many channels.
-SHARED, MANY = ("collect", "apply"), 512
+# These go through all of memory.
+SHARED = ("collect", "apply")
 # Parts of the scratch memory begin at a line of the cache.
 LINE = 64
 
-_Prototype = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t)
+_Prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
 _kept = threading.local()
-
-
-class Tensors(NamedTuple):
-    """What a task reads and writes beside ``x``, in the order of `task.ADDRESSES`."""
-
-    residual: Tensor | None = None
-    y: Tensor | None = None
-    mask: Tensor | None = None
-    grad: Tensor | None = None
-    grad_x: Tensor | None = None
-    behind_relu: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    sum_grad: Tensor | None = None
-    sum_grad_x_hat: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -78,115 +60,145 @@ class Options(NamedTuple):
     fixed: bool = False
     given: bool = False
     narrow: bool = False
-    eps: float = 0.0
+    single: bool = False
 
 
 class _Kernel(NamedTuple):
     """A compiled kernel: what calls it on this thread, and where its code lies."""
 
-    call: Callable[[bytes, int, int], None]
+    call: Callable[[int, int, int], None]
     address: int | None
 
 
-def run(which: Pass, steps: tuple[str, ...], x: Tensor, tensors: Tensors, options: Options) -> None:
-    """Does the steps, in their order, on as many threads as the size of ``x`` deserves.
+class Plan(NamedTuple):
+    """All of a task that does not change from call to call."""
 
-    Where memory waits, threads share out channels, and all steps are done for a channel while it is
-    in the L2 cache. Else they share out what lies one after the other in memory, one step after the
-    other.
+    kernel: _Kernel
+    constants: bytes
+    scratch: int
+    team: int
+    stages: int
+
+    def run(self, addresses: tuple[int, ...], eps: float) -> None:
+        """Does the steps.
+
+        Args:
+            addresses: Of `task.ADDRESSES` without the scratch memory; 0 where there is no tensor.
+            eps: Added to the variance.
+        """
+        block = _borrowed(SIZE + LINE + self.scratch)
+        scratch = -(-(block.address + SIZE) // LINE) * LINE
+        CALL.pack_into(block.memory, 0, 0, *addresses, scratch, eps)
+        block.memory[CALL.size : SIZE] = self.constants
+        if self.team == 1:
+            self.kernel.call(block.address, 0, 1)
+        elif self.kernel.address is not None:
+            parallel.run(self.kernel.address, block.address, self.team, self.stages)
+        else:
+            self._run_in_turn(block)
+        _kept.block = block
+
+    def _run_in_turn(self, block: _Block) -> None:
+        """Without the JIT: what a team would do, on this thread."""
+        for stage in range(self.stages):
+            Task.from_buffer(block.memory).stage = stage
+            for thread in range(self.team):
+                self.kernel.call(block.address, thread, self.team)
+
+
+def plan(
+    which: Pass, steps: tuple[str, ...], x: Tensor, given: tuple[bool, ...], options: Options
+) -> Plan:
+    """How to do the steps, in their order, on as many threads as the size of ``x`` deserves.
+
+    Args:
+        which: The pass to which the steps belong.
+        steps: Some of `task.STEPS`.
+        x: The input, contiguous or channels last.
+        given: Which of the optional tensors there are: residual and mask forward, mask backward.
+        options: How they are done.
     """
-    geometry = geometry_of(x)
-    optional = (tensors.residual is not None,) if which == "forward" else ()
-    kernel = _kernel(which, geometry.columns, x.dtype, (*optional, tensors.mask is not None))
-    team = team_for(x)
-    parts = _parts_of_block(geometry, team)
-    block = _borrowed(sum(parts))
-    addresses = _memory(parts, block, x, tensors)
-    collected = "collect" in steps
-    by_cell = not collected or not shares_channels(x, which, team)
-    place = (*addresses, *geometry[1:], x.numel() // x.shape[1])
-    if team == 1:
-        kernel.call(LAYOUT.pack(*place, *_flags(steps), by_cell, collected, *options), 0, 1)
-    elif not by_cell:
-        _share(kernel, LAYOUT.pack(*place, *_flags(steps), False, collected, *options), team)
-    else:
-        for together in _parts(steps):
-            task = LAYOUT.pack(*place, *_flags(together), True, collected, *options)
-            _share(kernel, task, team if _is_shared(together, geometry) else 1)
-    _kept.block = block
+    last, team = is_channels_last(x), team_for(x)
+    return _plan(which, steps, x.shape, last, x.dtype, given, options, team)
 
 
 def team_for(x: Tensor) -> int:
     """How many threads work on ``x``."""
-    return parallel.team_for(x.numel() * x.element_size())
+    return parallel.team_for(x.nbytes)
 
 
-def shares_channels(x: Tensor, which: Pass, team: int) -> bool:
-    """Whether threads that collect and apply share out channels, if they may."""
-    geometry = geometry_of(x)
+@lru_cache(4096)
+def _plan(
+    which: Pass,
+    steps: tuple[str, ...],
+    shape: torch.Size,
+    channels_last: bool,
+    dtype: torch.dtype,
+    given: tuple[bool, ...],
+    options: Options,
+    team: int,
+) -> Plan:
+    """A plan, made once for each kind of call.
+
+    Where memory waits, threads share out channels, and all steps are done for a channel while it is
+    in the L2 cache. Else they share out what lies one after the other in memory, one stage after
+    the other.
+    """
+    geometry = geometry_of_shape(shape, channels_last=channels_last)
+    collected = "collect" in steps
+    size = shape.numel() * dtype.itemsize
+    by_cell = not (collected and shares_channels(geometry, which, size, team))
+    stages = _stages(steps) if by_cell and team > 1 else [steps]
+    *parts, scratch = accumulate(_parts_of_scratch(geometry, team), initial=0)
+    count = shape.numel() // shape[1]
+    constants = CONSTANTS.pack(
+        *parts, *geometry[1:], count, _bits(stages), by_cell, collected, *options
+    )
+    kernel = _kernel(which, geometry.columns, dtype, given)
+    return Plan(kernel, constants, scratch, team, len(stages))
+
+
+def shares_channels(geometry: Geometry, which: Pass, size: int, team: int) -> bool:
+    """Whether threads that collect and apply ``size`` bytes share out channels.
+
+    ``which`` pass it is makes a difference: the backward one reads two tensors twice.
+    """
     channels = geometry.channels
     even = channels >= CHANNELS_A_THREAD * team or channels % team == 0
-    read = x.numel() * x.element_size() * READ[which]
-    return even and not geometry.columns and read > CACHED
+    return even and not geometry.columns and READ[which] * size > CACHED
 
 
-def _is_shared(steps: tuple[str, ...], geometry: Geometry) -> bool:
-    shared = steps[0] in SHARED
-    return shared or (geometry.channels >= MANY and not geometry.columns)
-
-
-@cache
-def _flags(steps: tuple[str, ...]) -> tuple[bool, ...]:
-    return tuple(step in steps for step in ("prepare", "collect", "merge", "apply"))
-
-
-@cache
-def _parts(steps: tuple[str, ...]) -> list[tuple[str, ...]]:
+def _stages(steps: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Steps between which threads wait for each other: shared ones alone, others together."""
-    parts: list[tuple[str, ...]] = []
+    stages: list[tuple[str, ...]] = []
     for step in steps:
-        if parts and step not in SHARED and parts[-1][-1] not in SHARED:
-            parts[-1] += (step,)
+        if stages and step not in SHARED and stages[-1][-1] not in SHARED:
+            stages[-1] += (step,)
         else:
-            parts.append((step,))
-    return parts
+            stages.append((step,))
+    return stages
 
 
-def _share(kernel: _Kernel, task: bytes, team: int) -> None:
-    if kernel.address is None:
-        for thread in range(team):
-            kernel.call(task, thread, team)
-    elif team == 1:
-        kernel.call(task, 0, 1)
-    else:
-        memory = ctypes.create_string_buffer(task, len(task))
-        parallel.run(kernel.address, ctypes.addressof(memory), team)
+def _bits(stages: list[tuple[str, ...]]) -> int:
+    """`task.NUMBERS`' stages."""
+    return sum(
+        1 << 8 * place + STEPS.index(step) for place, stage in enumerate(stages) for step in stage
+    )
 
 
-def _columns(geometry: Geometry) -> int:
-    return geometry.fold * geometry.channels * geometry.repeat
-
-
-def _parts_of_block(geometry: Geometry, team: int) -> list[int]:
-    """Bytes of `task.ADDRESSES`' last four, in whole lines."""
-    columns, recent = _columns(geometry), math.prod(planes.RECENT)
-    sizes = (SUMS * geometry.slabs * columns, 6 * columns, max(3 * columns, _WORK) * team)
-    return [-(-8 * numbers // LINE) * LINE for numbers in (*sizes, recent * team)]
-
-
-def _memory(parts: list[int], block: _Block, x: Tensor, tensors: Tensors) -> list[int]:
-    """Addresses in the order of `task.ADDRESSES`."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    *starts, _ = accumulate(parts, initial=block.address)
-    return [x.data_ptr(), *addresses, *starts]
+def _parts_of_scratch(geometry: Geometry, team: int) -> list[int]:
+    """Bytes of `task.SCRATCH`, in whole lines."""
+    columns = geometry.fold * geometry.channels * geometry.repeat
+    sums, recent = SUMS * geometry.slabs * columns, math.prod(planes.RECENT) * team
+    sizes = sums, 6 * columns, max(3 * columns, math.prod(planes.WORK)) * team, recent
+    return [-(-8 * numbers // LINE) * LINE for numbers in sizes]
 
 
 class _Block(NamedTuple):
-    """Memory for sums and coefficients."""
+    """Memory for a task, and for sums and coefficients."""
 
     address: int
-    size: int
-    memory: Any
+    memory: memoryview
 
 
 def _borrowed(size: int) -> _Block:
@@ -196,9 +208,9 @@ def _borrowed(size: int) -> _Block:
     signal handler or a finalizer may call a kernel in between.
     """
     block = _kept.__dict__.pop("block", None)
-    if block is None or block.size < size:
-        memory = np.empty(size + LINE, np.uint8)
-        block = _Block(-(-memory.ctypes.data // LINE) * LINE, size, memory)
+    if block is None or len(block.memory) < size:
+        memory = np.empty(size, np.uint8)
+        block = _Block(memory.ctypes.data, memory.data)
     return block
 
 
@@ -210,7 +222,7 @@ def _kernel(which: Pass, columns: bool, dtype: torch.dtype, given: tuple[bool, .
     optional = tuple(array_at if there else no_array for there in given)
     function = MAKERS[which, columns](element, number, optional)
     if config.DISABLE_JIT:
-        return _Kernel(lambda task, *share: function(Task.from_buffer_copy(task), *share), None)
+        return _Kernel(lambda task, *share: function(Task.from_address(task), *share), None)
     family, with_what = "columns" if columns else "planes", "".join(str(int(g)) for g in given)
     name = f"{which}_{family}_{np.dtype(element).name}_{with_what}"
     address = compiled(name, function, SIGNATURE)

@@ -32,13 +32,21 @@ def merge_moments(task, x, partials, first, last):
 @njit
 def prepare(task, coefficients, weight, bias, first, last):
     """Coefficients of `maps.normalize`, by a mean and a variance that are known."""
-    shape = (task.channels,)
-    mean, var = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
     for c in range(first, last):
         gamma = float(weight[c]) if task.weight else 1.0
         beta = float(bias[c]) if task.bias else 0.0
-        inv_std = 1 / math.sqrt(var[c] + task.eps)
-        set_coefficients(coefficients, c, task.channels, task.repeat, mean[c], inv_std, gamma, beta)
+        mean, var = _statistic(task, task.mean, c), _statistic(task, task.var, c)
+        inv_std = 1 / math.sqrt(var + task.eps)
+        set_coefficients(coefficients, c, task.channels, task.repeat, mean, inv_std, gamma, beta)
+
+
+@njit
+def _statistic(task, address, c):
+    """A channel's mean or variance, whichever is there."""
+    shape = (task.channels,)
+    if task.single:
+        return float(array_at(address, shape, np.float32)[c])
+    return array_at(address, shape, np.float64)[c]
 
 
 @njit

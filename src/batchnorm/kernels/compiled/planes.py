@@ -25,7 +25,7 @@ from batchnorm.kernels.compiled.statistics import (
     TILT,
     add_moments,
 )
-from batchnorm.kernels.compiled.task import share
+from batchnorm.kernels.compiled.task import APPLY, COLLECT, share
 from batchnorm.kernels.compiled.vectors import (
     FEW,
     LANES,
@@ -69,14 +69,14 @@ def pieces_of(x, channels):
 
 
 @njit
-def shares(task, x, thread, team):
+def shares(task, steps, x, thread, team):
     """What a thread does: its channels, and its cells of slabs and of pieces.
 
-    Between collecting and applying cells, when all of memory waits, channels are shared out.
+    Steps that go through memory share out cells, if the task says so; the others channels.
     """
     channels = task.channels
     slabs, pieces = task.slabs * channels, pieces_of(x, channels) * channels
-    if not task.by_cell or not (task.collect or task.apply):
+    if not (task.by_cell and steps & (COLLECT | APPLY)):
         return share(channels, thread, team), (0, slabs), (0, pieces)
     return (0, channels), share(slabs, thread, team), share(pieces, thread, team)
 

@@ -1,4 +1,8 @@
-"""What a kernel is told: one record of addresses and numbers, the same for every kernel."""
+"""What a kernel is told: one record of addresses and numbers, the same for every kernel.
+
+A kernel is called once or in several *stages*, between which its threads wait for each other. Which
+steps a stage consists of is part of the task.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,13 @@ ADDRESSES = (
     "var",
     "sum_grad",
     "sum_grad_x_hat",
-    "partials",
-    "coefficients",
-    "work",
-    "recent",
+    "scratch",
 )
+# Parts of the scratch memory.
+SCRATCH = ("partials", "coefficients", "work", "recent")
 NUMBERS = (
+    # Where these parts begin, in bytes.
+    *SCRATCH,
     # Shape: planes are (rows, channels, length), with one column a channel; columns are
     # (rows, fold * channels * repeat).
     "rows",
@@ -40,33 +45,37 @@ NUMBERS = (
     "slabs",
     # Elements of a channel.
     "count",
-    # Steps to do in this call.
-    "prepare",
-    "collect",
-    "merge",
-    "apply",
+    # The steps of each stage, eight bits for one.
+    "stages",
     # How they are done: threads share what lies one after the other in memory, not channels; what
-    # is applied was collected before,
-    # in this call or in one just before; a ReLU is fused; mean and variance are constants; the sums
-    # are given; the sums are wanted as the elements are computed, not in float64.
+    # is applied was collected before, in this stage or another; a ReLU is fused; mean and variance
+    # are constants; the sums are given; the sums are wanted as the elements are computed, not in
+    # float64; mean and variance are float32, not float64.
     "by_cell",
     "collected",
     "relu",
     "fixed",
     "given",
     "narrow",
+    "single",
 )
-# How a task is packed: ctypes would take ten times as long to fill its structure.
-LAYOUT = struct.Struct(f"{len(ADDRESSES)}P{len(NUMBERS)}qd")
+STEPS = ("prepare", "collect", "merge", "apply")
+PREPARE, COLLECT, MERGE, APPLY = (1 << place for place in range(len(STEPS)))
+# How a task is packed: ctypes would take ten times as long to fill its structure. What differs from
+# call to call comes first.
+CALL = struct.Struct(f"q{len(ADDRESSES)}Pd")
+CONSTANTS = struct.Struct(f"{len(NUMBERS)}q")
+SIZE = CALL.size + CONSTANTS.size
 
 
 class Task(ctypes.Structure):
     """Addresses are zero where there is no such tensor."""
 
     _fields_: ClassVar = [
+        ("stage", ctypes.c_int64),
         *((name, ctypes.c_size_t) for name in ADDRESSES),
-        *((name, ctypes.c_int64) for name in NUMBERS),
         ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in NUMBERS),
     ]
 
 
@@ -77,6 +86,12 @@ RECORD = from_dtype(np.dtype(Task))
 def share(whole, thread, team):
     """First and last of a thread's share."""
     return whole * thread // team, whole * (thread + 1) // team
+
+
+@njit
+def steps_of(task):
+    """Bits of the steps to do now."""
+    return task.stages >> (8 * task.stage) & 255
 
 
 def task_at(pointer):
