@@ -10,7 +10,7 @@ import torch
 
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Gate, Stages
+from batchnorm.kernels.contract import Gate, Running, Stages
 from batchnorm.kernels.geometry import unpack
 from batchnorm.moments import Moments
 from batchnorm.moments import update_running as updated_by_torch
@@ -307,43 +307,63 @@ def test_results_are_on_the_cpu_whatever_the_default_device():
     torch.testing.assert_close(y, reference.forward(x, None, None, EPS)[0])
 
 
+def moved_by_forward(x, *buffers, counter=None, weight=0.1):
+    """What a forward pass says of running statistics that it may move, and the batch's moments."""
+    running = Running(*buffers, counter, weight)
+    _, batch, _ = numba_cpu.forward(x, None, None, EPS, running=running)
+    return running, batch
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0, -0.5])
-def test_running_statistics_move_as_in_torch_to_the_bit(dtype, weight):
-    batch = Moments(7, normal(50, dtype=torch.float64), normal(50, dtype=torch.float64).square())
+@pytest.mark.parametrize("shape", [(7, 50), (3, 50, 40), (40, 50, 60, 60)])
+def test_running_statistics_move_as_in_torch_to_the_bit(two_threads, dtype, weight, shape):
     compiled, plain = ([normal(50, seed=s).to(dtype) for s in (1, 2)] for _ in range(2))
-    versions = [buffer._version for buffer in compiled]
     counter = torch.tensor(6)
-    assert numba_cpu.update_running(*compiled, counter, batch, weight)
-    assert counter == 7
-    assert counter._version > 0
+    versions = [buffer._version for buffer in (*compiled, counter)]
+    running, batch = moved_by_forward(normal(*shape), *compiled, counter=counter, weight=weight)
+    assert running.moved
+    assert not running.overflown
     updated_by_torch(*plain, batch, weight)
-    for one, other, version in zip(compiled, plain, versions, strict=True):
+    for one, other in zip(compiled, plain, strict=True):
         assert torch.equal(one, other)
-        assert one._version > version
+    assert counter == 7
+    for buffer, version in zip((*compiled, counter), versions, strict=True):
+        assert buffer._version > version
 
 
-def test_other_running_statistics_are_left_to_torch():
-    batch = Moments(7, torch.zeros(3).double(), torch.ones(3).double())
-    for buffer in (torch.zeros(3).bfloat16(), torch.zeros(6)[::2]):
-        assert not numba_cpu.update_running(buffer, buffer.clone(), None, batch, 0.1)
-    usual = torch.zeros(2, 3)
-    assert not numba_cpu.update_running(*usual, None, batch, torch.tensor(0.1))
+def test_other_running_statistics_are_left_to_the_caller():
+    x, usual = normal(5, 3), torch.zeros(2, 3)
+    others = [(buffer, buffer.clone()) for buffer in (usual[0].bfloat16(), torch.zeros(6)[::2])]
+    others.append((usual[0], usual[1].double()))
+    for buffers in others:
+        assert not moved_by_forward(x, *buffers)[0].moved
+    assert not moved_by_forward(x, *usual, weight=torch.tensor(0.1))[0].moved
     for counter in (torch.tensor(6.0), torch.tensor([6])):
-        assert not numba_cpu.update_running(*usual, counter, batch, 0.1)
+        assert not moved_by_forward(x, *usual, counter=counter)[0].moved
         assert counter == 6
     with torch.inference_mode():
         made, counter = torch.zeros(3), torch.tensor(6)
-    assert not numba_cpu.update_running(made, made, None, batch, 0.1)
-    assert not numba_cpu.update_running(*usual, counter, batch, 0.1)
+    assert not moved_by_forward(x, made, made.clone())[0].moved
+    assert not moved_by_forward(x, *usual, counter=counter)[0].moved
     assert not usual.any()
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 40)])
+def test_a_variance_beyond_float32_is_said(shape):
+    x = normal(*shape)
+    x[:, 1] *= 1e25
+    assert moved_by_forward(x, *torch.zeros(2, 3))[0].overflown
+    x[:, 1] = torch.nan
+    assert not moved_by_forward(x, *torch.zeros(2, 3))[0].overflown
+
+
 SMALL = """
-import torch, sys
+import numpy, sys, torch
 sys.path.insert(0, sys.argv[1])
 from cases import Case
-from test_numba_cpu import arguments_of, assert_as_reference, numba_cpu, updated_by_torch
+from test_numba_cpu import arguments_of, assert_as_reference, moved_by_forward
+from test_numba_cpu import numba_cpu, updated_by_torch
 from batchnorm.moments import Moments
 torch.set_num_threads(1)
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -355,13 +375,16 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             assert_as_reference(a, residual, fixed)
 assert numba_cpu.moments(torch.full((5, 2, 40), 1e-25)).var.tolist() == [0, 0]
 assert numba_cpu.moments(torch.full((5, 2), 1e-25)).var.tolist() == [0, 0]
-batch = Moments(4, torch.ones(2).double(), torch.ones(2).double())
-moved, expected = torch.zeros(2, 2), torch.zeros(2, 2)
-counter = torch.tensor(6)
-assert numba_cpu.update_running(*moved, counter, batch, 0.1)
-assert counter == 7
-updated_by_torch(*expected, batch, 0.1)
-assert torch.equal(moved, expected)
+for dtype in (torch.float32, torch.float64):
+    moved, expected = torch.zeros(2, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype)
+    counter = torch.tensor(6)
+    running, batch = moved_by_forward(torch.rand(4, 2), *moved, counter=counter)
+    assert running.moved and counter == 7
+    updated_by_torch(*expected, batch, 0.1)
+    assert torch.equal(moved, expected)
+with numpy.errstate(over="ignore", invalid="ignore"):
+    running, _ = moved_by_forward(torch.randn(4, 2) * 1e25, *torch.zeros(2, 2))
+assert running.overflown
 big = arguments_of(Case((70, 2, 2, 500), torch.float32))
 torch.set_num_threads(2)
 assert_as_reference(big, False)

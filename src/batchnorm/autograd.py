@@ -16,7 +16,7 @@ from torch.autograd import Function, forward_ad
 
 from batchnorm import operators
 from batchnorm.kernels import dispatch, reference
-from batchnorm.kernels.contract import Gate, statistics_dtype
+from batchnorm.kernels.contract import Gate, Running, statistics_dtype
 from batchnorm.kernels.geometry import is_channels_last
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -32,12 +32,13 @@ def forward(
     eps: float,
     relu: bool,
     kernels: str | None,
+    running: Running | None = None,
     *,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batchnorm.operators.forward`, differentiable in ``x, weight, bias, residual``.
 
-    ``plain`` is what `is_plain` says of all the tensors.
+    ``plain`` is what `is_plain` says of all the tensors. Only then may ``running`` be moved.
     """
     arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels)
     if not plain and is_transformed():
@@ -49,13 +50,14 @@ def forward(
                 x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels
             )
             return y, fixed_mean, fixed_var
-        compute = operators.forward if plain else torch.ops.batchnorm.forward
-        return compute(*arguments)[:3]
+        if plain:
+            return operators.forward(*arguments, running)[:3]
+        return torch.ops.batchnorm.forward(*arguments)[:3]
     if not plain:
         return BatchNorm.apply(None, *arguments)  # pyright: ignore[reportReturnType]
-    statistics: list[Tensor] = []
-    y: Any = _apply(statistics, *arguments)
-    return y, *statistics  # pyright: ignore[reportReturnType]
+    aside = _Aside(running, [])
+    y: Any = _apply(aside, *arguments)
+    return y, *aside.statistics  # pyright: ignore[reportReturnType]
 
 
 def by_formula(
@@ -114,6 +116,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+class _Aside(NamedTuple):
+    """What a plain forward pass takes and gives beside tensors that torch looks at."""
+
+    running: Running | None
+    statistics: list[Tensor]
+
+
 class _Kept(NamedTuple):
     """What backward needs beside tensors.
 
@@ -140,7 +149,7 @@ class BatchNorm(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        statistics: list[Tensor] | None,
+        aside: _Aside | None,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -153,14 +162,15 @@ class BatchNorm(Function):
     ) -> Any:
         """Keeps what backward needs: of the large tensors ``x``, and of ``y`` at most a mask.
 
-        Of plain tensors, mean and variance go into the list ``statistics``: each output of a
-        `Function` costs as much as a small operation.
+        Of plain tensors, mean and variance go into a list: each output of a `Function` costs as
+        much as a small operation.
         """
-        plain = statistics is not None
-        compute = operators.forward if plain else torch.ops.batchnorm.forward
-        y, mean, var, mask = compute(
-            x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels
-        )
+        plain = aside is not None
+        arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, kernels)
+        if plain:
+            y, mean, var, mask = operators.forward(*arguments, aside.running)
+        else:
+            y, mean, var, mask = torch.ops.batchnorm.forward(*arguments)
         masked = relu and residual is not None
         kept_bias = bias if relu and not masked else None
         ctx.save_for_backward(x, weight, kept_bias, mean, var, mask if masked else None)
@@ -173,8 +183,8 @@ class BatchNorm(Function):
             residual is not None,
             is_channels_last(x) if masked else None,
         )
-        if statistics is not None:
-            statistics += (mean, var)
+        if plain:
+            aside.statistics.extend((mean, var))
             return y
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var

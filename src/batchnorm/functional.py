@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from batchnorm import autograd, operators, validation
 from batchnorm.kernels import dispatch, reference
+from batchnorm.kernels.contract import Running
 from batchnorm.moments import Moments, count_batch, empty, update_running
 
 Activation = Literal["relu"] | None
@@ -118,15 +119,19 @@ def compute(
         validation.check_training(x, eps, momentum)
     fixed_mean, fixed_var = (None, None) if training else (running_mean, running_var)
     arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu")
-    buffers = (running_mean, running_var, counter)
-    plain = autograd.is_plain(x, weight, bias, residual, *buffers)
+    plain = autograd.is_plain(x, weight, bias, residual, running_mean, running_var, counter)
+    running = None
+    if training and running_mean is not None and running_var is not None:
+        running = Running(running_mean, running_var, counter, momentum)
     if not plain and _prefers_plain_torch(kernels, training=training):
         y, mean, var = _in_plain_torch(*arguments)
     else:
-        y, mean, var = autograd.forward(*arguments, kernels, plain=plain)
-    if training and running_mean is not None and running_var is not None:
-        batch = Moments(x.numel() // x.shape[1], mean, var)
-        _move(x, running_mean, running_var, counter, batch, momentum, plain=plain)
+        y, mean, var = autograd.forward(*arguments, kernels, running, plain=plain)
+    if running is not None:
+        if not running.moved:
+            _move(running, Moments(x.numel() // x.shape[1], mean, var))
+        if plain and (running.overflown or not running.moved):
+            operators.warn_of_overflow(x, var)
     elif counter is not None:
         count_batch(counter)
     return y
@@ -197,35 +202,10 @@ def _of_nothing(
     return reference.formula(x, zeros, zeros, 1.0, weight, bias, residual)
 
 
-def _move(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    counter: Tensor | None,
-    batch: Moments,
-    momentum: float | Tensor,
-    *,
-    plain: bool,
-) -> None:
+def _move(running: Running, batch: Moments) -> None:
     """Moves the running statistics towards those of a batch, and counts it."""
-    largest = None
-    if plain:
-        largest = dispatch.update_running(running_mean, running_var, counter, batch, momentum)
-    if largest is None:
-        _update_running(running_mean, running_var, batch, momentum)
-        if counter is not None:
-            count_batch(counter)
-        if plain:
-            operators.warn_of_overflow(x, batch.var)
-    elif x.dtype != torch.float64:
-        operators.warn_of_largest(largest)
-
-
-def _update_running(
-    running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float | Tensor
-) -> None:
     try:
-        update_running(running_mean, running_var, batch, momentum)
+        update_running(running.mean, running.var, batch, running.weight)
     except RuntimeError as error:
         if not any(words in str(error) for words in ("vmap", "Batching rule")):
             raise
@@ -234,3 +214,5 @@ def _update_running(
             "which training changes in place, are not; map over them too, or use a layer with "
             "track_running_stats=False."
         ) from error
+    if running.counter is not None:
+        count_batch(running.counter)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import dispatch
-from batchnorm.kernels.contract import Gate, statistics_dtype
+from batchnorm.kernels.contract import Gate, Running, statistics_dtype
 from batchnorm.kernels.geometry import mask_size
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")
@@ -45,8 +45,21 @@ def forward(
     eps: float,
     relu: bool,
     kernels: str | None,
+    running: Running | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normalizes plain tensors by the moments of ``x`` (training), or by fixed ones (inference).
+
+    Args:
+        x: Input of shape (N, C, ...).
+        weight: The scale.
+        bias: The shift.
+        residual: Added before the activation.
+        fixed_mean: With ``fixed_var``, what normalizes instead of the moments.
+        fixed_var: Biased.
+        eps: Added to the variance.
+        relu: Whether a ReLU is fused.
+        kernels: Name of the kernels that must compute this; None chooses.
+        running: What the kernels may move towards the moments.
 
     Returns:
         ``y`` in the layout of ``torch.empty_like(x)``; copies of the mean and variance that made
@@ -55,7 +68,7 @@ def forward(
     """
     stages = dispatch.choose(x, kernels)
     if fixed_mean is None or fixed_var is None:
-        y, batch, mask = stages.forward(x, weight, bias, eps, residual, relu=relu)
+        y, batch, mask = stages.forward(x, weight, bias, eps, residual, relu=relu, running=running)
         mean, var = batch.mean, batch.var
     else:
         mean = fixed_mean.to(statistics_dtype(x), copy=True)
@@ -136,15 +149,11 @@ def warn_of_overflow(x: Tensor, var: Tensor) -> None:
     """Warns if float32 running statistics cannot hold a variance."""
     if x.dtype == torch.float64 or x.device.type != "cpu":
         return
-    warn_of_largest(var.nan_to_num(nan=0, posinf=math.inf).max().item())
-
-
-def warn_of_largest(var: float) -> None:
-    """The same, if the largest variance is known."""
-    if var > _LARGEST_FLOAT32:
+    largest = var.nan_to_num(nan=0, posinf=math.inf).max().item()
+    if largest > _LARGEST_FLOAT32:
         warnings.warn(
-            f"batch_norm: the variance of a channel is {var:.1e}, more than float32 can hold: the "
-            "output is right, but a float32 running_var becomes inf; scale the input down.",
+            f"batch_norm: the variance of a channel is {largest:.1e}, more than float32 can hold: "
+            "the output is right, but a float32 running_var becomes inf; scale the input down.",
             RuntimeWarning,
             stacklevel=2,
         )

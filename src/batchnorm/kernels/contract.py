@@ -11,6 +11,7 @@ A backend is a module. It has these functions, or pyright says which one differs
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -34,6 +35,30 @@ class Gate(NamedTuple):
 
     bias: Tensor | None
     mask: Tensor | None
+
+
+@dataclass(slots=True)
+class Running:
+    """Running statistics that `forward` may move itself, while the batch's are at hand.
+
+    All are plain tensors. A module that moves them, by the formula and to the bits of
+    `batchnorm.moments.update_running`, says so in ``moved``; otherwise the caller does it.
+
+    Attributes:
+        mean: Moves towards the batch's mean.
+        var: Moves towards the batch's unbiased variance.
+        counter: Batches so far, one more is added; None if nobody counts them.
+        weight: Of the new batch.
+        moved: Whether all that was done.
+        overflown: Whether a variance was more than float32 can hold.
+    """
+
+    mean: Tensor
+    var: Tensor
+    counter: Tensor | None
+    weight: float | Tensor
+    moved: bool = False
+    overflown: bool = False
 
 
 class Gradients(NamedTuple):
@@ -117,8 +142,9 @@ class Stages(Protocol):
         residual: Tensor | None = None,
         *,
         relu: bool = False,
+        running: Running | None = None,
     ) -> tuple[Tensor, Moments, Tensor | None]:
-        """`moments`, then `normalize` by them."""
+        """`moments`, then `normalize` by them; ``running`` may be moved."""
         ...
 
     def backward(

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Stages
-from batchnorm.moments import Moments
 
 NAMES = ("numba", "reference")
 
@@ -59,30 +58,6 @@ def refuse(name: str | None, reason: str) -> None:
             f"kernels={name!r} cannot take this input: {reason}, and that needs the reference; "
             "leave kernels out."
         )
-
-
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    counter: Tensor | None,
-    batch: Moments,
-    weight: float | Tensor,
-) -> float | None:
-    """Moves plain buffers on a CPU by compiled code, and adds one to a counter.
-
-    Args:
-        running_mean: As for `batchnorm.moments.update_running`, which computes the same.
-        running_var: As there.
-        counter: Batches so far; None if nobody counts them.
-        batch: As there.
-        weight: As there.
-
-    Returns:
-        The largest variance of the batch, or None if nothing was done.
-    """
-    if numba_cpu is None:
-        return None
-    return numba_cpu.update_running(running_mean, running_var, counter, batch, weight)
 
 
 def explain(x: Tensor, kernels: str | None = None) -> str:

@@ -7,24 +7,29 @@ depends on the number of threads.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import parallel
-from batchnorm.kernels.compiled import library, running
+from batchnorm.kernels.compiled import library
 from batchnorm.kernels.compiled.library import Options
-from batchnorm.kernels.contract import Gate, Gradients
+from batchnorm.kernels.contract import Gate, Gradients, Running
 from batchnorm.kernels.geometry import geometry_of, is_channels_last, mask_size
 from batchnorm.moments import Moments
 
+# What running statistics may be to be moved by the kernels.
+_BUFFERS = (torch.float32, torch.float64)
 # Named, because torch.set_default_device may have set another one.
 _CPU = torch.device("cpu")
 _ALL_FORWARD = ("collect", "merge", "prepare", "apply")
 _ALL_BACKWARD = ("prepare", "collect", "merge", "apply")
-_FORWARD = {
-    (relu, single): Options(relu=relu, single=single)
-    for relu in (False, True)
-    for single in (False, True)
+_FLAGS = (False, True)
+_FORWARD = {key: Options(relu=key[0], single=key[1]) for key in product(_FLAGS, repeat=2)}
+_BACKWARD = {
+    key: Options(relu=key[0], fixed=key[1], narrow=key[2]) for key in product(_FLAGS, repeat=3)
 }
 
 
@@ -52,22 +57,6 @@ def explain(x: Tensor) -> str:
     by_channel = library.shares_channels(geometry, "forward", x.nbytes, team)
     shares = "channels" if by_channel else "rows"
     return f"{text}whose {shares} are shared out to {team} threads of {parallel.backend()}."
-
-
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    counter: Tensor | None,
-    batch: Moments,
-    weight: float | Tensor,
-) -> float | None:
-    """`batchnorm.moments.update_running` and `count_batch` in one call, to the same bits.
-
-    Returns:
-        The largest variance of the batch, or None if nothing was done.
-    """
-    statistics = batch.mean, batch.var, batch.count
-    return running.update(running_mean, running_var, counter, *statistics, weight)
 
 
 def moments(x: Tensor) -> Moments:
@@ -138,11 +127,37 @@ def forward(
     residual: Tensor | None = None,
     *,
     relu: bool = False,
+    running: Running | None = None,
 ) -> tuple[Tensor, Moments, Tensor | None]:
-    """`moments`, then `normalize` by them, while the data is in the cache."""
+    """`moments`, then `normalize` by them, while the data is in the cache.
+
+    Usual running statistics are moved: float32 or float64, the weight a number.
+    """
     mean, var = _new_statistics(x)
-    y, mask = _normalize(_ALL_FORWARD, x, mean, var, eps, weight, bias, residual, relu=relu)
+    if running is not None and not _is_usual(running):
+        running = None
+    y, mask = _normalize(
+        _ALL_FORWARD, x, mean, var, eps, weight, bias, residual, relu=relu, running=running
+    )
     return y, Moments(x.numel() // x.shape[1], mean, var), mask
+
+
+def _is_usual(running: Running) -> bool:
+    """Whether the kernels can move these."""
+    mean, var, counter = running.mean, running.var, running.counter
+    return (
+        type(running.weight) is float
+        and mean.dtype == var.dtype
+        and mean.dtype in _BUFFERS
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and not mean.is_inference()
+        and not var.is_inference()
+        and (
+            counter is None
+            or (counter.dtype == torch.int64 and counter.dim() == 0 and not counter.is_inference())
+        )
+    )
 
 
 def _normalize(
@@ -156,6 +171,7 @@ def _normalize(
     residual: Tensor | None,
     *,
     relu: bool,
+    running: Running | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y`` and perhaps a mask; mean and variance are filled first, if the steps say so."""
     x, dtype = _laid_out(x), _number_dtype(x)
@@ -168,7 +184,7 @@ def _normalize(
         mean, var = _as(torch.float64, mean), _as(torch.float64, var)
     given = residual is not None, mask is not None
     plan = library.plan("forward", steps, x, given, _FORWARD[relu, single])
-    plan.run(_of_forward(x, mean, var, y, residual, mask, weight, bias), eps)
+    plan.run(_of_forward(x, mean, var, y, residual, mask, weight, bias), eps, running)
     return y, mask
 
 
@@ -185,7 +201,7 @@ def backward(
 ) -> Gradients:
     """`grad_sums`, then `grad_input` by them, while the data is in the cache."""
     sums = _new_sums(weight, x)
-    options = Options(gate is not None, fixed, narrow=sums[0].dtype != torch.float64)
+    options = _BACKWARD[gate is not None, fixed, sums[0].dtype != torch.float64]
     grad_x, behind_relu = _backward(
         _ALL_BACKWARD, grad_output, x, mean, var, eps, weight, gate, sums, options
     )
@@ -276,8 +292,15 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    first = torch.empty(x.shape[1], dtype=torch.float64, device=_CPU)
-    return first, torch.empty_like(first)
+    like = _statistics(x.shape[1])
+    return torch.empty_like(like), torch.empty_like(like)
+
+
+@lru_cache(1024)
+def _statistics(channels: int) -> Tensor:
+    """To make others like it, in half the time."""
+    with torch.inference_mode(False):
+        return torch.empty(channels, dtype=torch.float64, device=_CPU)
 
 
 def _new_sums(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.kernels import geometry
-from batchnorm.kernels.contract import Gate, Gradients, statistics_dtype
+from batchnorm.kernels.contract import Gate, Gradients, Running, statistics_dtype
 from batchnorm.moments import Moments
 
 # torch adds up fewer values than this on one thread.
@@ -138,6 +138,7 @@ def forward(
     residual: Float[Tensor, "n c *spatial"] | None = None,
     *,
     relu: bool = False,
+    running: Running | None = None,
 ) -> tuple[Float[Tensor, "n c *spatial"], Moments, UInt8[Tensor, " bytes"] | None]:
     """`moments`, then `normalize` by them."""
     batch = moments(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -20,6 +21,7 @@ from batchnorm.kernels.compiled import backwards, forwards, planes, storage
 from batchnorm.kernels.compiled.elements import array_at, no_array
 from batchnorm.kernels.compiled.statistics import SUMS
 from batchnorm.kernels.compiled.task import CALL, CONSTANTS, RECORD, SIZE, STEPS, Task
+from batchnorm.kernels.contract import Running
 from batchnorm.kernels.geometry import Geometry, geometry_of_shape, is_channels_last
 
 Pass = Literal["forward", "backward"]
@@ -50,6 +52,7 @@ SHARED = ("collect", "apply")
 LINE = 64
 
 _Prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+_OVERFLOWN = struct.Struct("q")
 _kept = threading.local()
 
 
@@ -79,16 +82,19 @@ class Plan(NamedTuple):
     team: int
     stages: int
 
-    def run(self, addresses: tuple[int, ...], eps: float) -> None:
+    def run(self, addresses: tuple[int, ...], eps: float, running: Running | None = None) -> None:
         """Does the steps.
 
         Args:
-            addresses: Of `task.ADDRESSES` without the scratch memory; 0 where there is no tensor.
+            addresses: The first of `task.ADDRESSES`, up to the scratch memory; 0 where there is no
+                tensor.
             eps: Added to the variance.
+            running: Moved together with the merging.
         """
         block = _borrowed(SIZE + LINE + self.scratch)
         scratch = -(-(block.address + SIZE) // LINE) * LINE
-        CALL.pack_into(block.memory, 0, 0, *addresses, scratch, eps)
+        moved = (0, 0, 0, eps, 0.0, 0) if running is None else _to_be_moved(running, eps)
+        CALL.pack_into(block.memory, 0, 0, 0, *addresses, scratch, *moved)
         block.memory[CALL.size : SIZE] = self.constants
         if self.team == 1:
             self.kernel.call(block.address, 0, 1)
@@ -96,6 +102,8 @@ class Plan(NamedTuple):
             parallel.run(self.kernel.address, block.address, self.team, self.stages)
         else:
             self._run_in_turn(block)
+        if running is not None:
+            _say_moved(running, block)
         _kept.block = block
 
     def _run_in_turn(self, block: _Block) -> None:
@@ -104,6 +112,21 @@ class Plan(NamedTuple):
             Task.from_buffer(block.memory).stage = stage
             for thread in range(self.team):
                 self.kernel.call(block.address, thread, self.team)
+
+
+def _to_be_moved(running: Running, eps: float) -> tuple[Any, ...]:
+    """The end of `task.CALL`."""
+    counter = 0 if running.counter is None else running.counter.data_ptr()
+    wide = running.mean.dtype == torch.float64
+    return running.mean.data_ptr(), running.var.data_ptr(), counter, eps, running.weight, wide
+
+
+def _say_moved(running: Running, block: _Block) -> None:
+    running.moved, running.overflown = True, _OVERFLOWN.unpack_from(block.memory, 8)[0] != 0
+    buffers = (running.mean, running.var)
+    torch.autograd.graph.increment_version(
+        buffers if running.counter is None else (*buffers, running.counter)
+    )
 
 
 def plan(

@@ -17,6 +17,8 @@ from batchnorm.kernels.compiled.statistics import (
     wide_moments,
 )
 
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
 
 @njit
 def merge_moments(task, x, partials, first, last):
@@ -27,6 +29,33 @@ def merge_moments(task, x, partials, first, last):
         mean[c], var[c] = moments_of_channel(partials, c, task.channels, task.repeat)
         if is_suspicious(var[c]):
             mean[c], var[c] = wide_moments(x[:, c : c + 1, :])
+        if task.running_mean:
+            _move_running(task, c, mean[c], var[c])
+
+
+@njit
+def _move_running(task, c, mean, var):
+    """Moves a channel's running statistics towards the batch's; counts the batch once."""
+    shape, old = (task.channels,), 1 - task.weight_of_batch
+    by_mean, by_var = task.weight_of_batch * mean, task.weight_of_batch * (var * _unbiased(task))
+    if task.wide_running:
+        means = array_at(task.running_mean, shape, np.float64)
+        variances = array_at(task.running_var, shape, np.float64)
+        means[c], variances[c] = old * means[c] + by_mean, old * variances[c] + by_var
+    else:
+        narrow_means = array_at(task.running_mean, shape, np.float32)
+        narrow_variances = array_at(task.running_var, shape, np.float32)
+        narrow_means[c] = old * float(narrow_means[c]) + by_mean
+        narrow_variances[c] = old * float(narrow_variances[c]) + by_var
+    if var > LARGEST_FLOAT32:
+        task.overflown = 1
+    if c == 0 and task.counter:
+        array_at(task.counter, (1,), np.int64)[0] += 1
+
+
+@njit
+def _unbiased(task):
+    return task.count / (task.count - 1)
 
 
 @njit

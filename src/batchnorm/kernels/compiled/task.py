@@ -29,6 +29,10 @@ ADDRESSES = (
     "sum_grad",
     "sum_grad_x_hat",
     "scratch",
+    # Running statistics to be moved.
+    "running_mean",
+    "running_var",
+    "counter",
 )
 # Parts of the scratch memory.
 SCRATCH = ("partials", "coefficients", "work", "recent")
@@ -63,7 +67,7 @@ STEPS = ("prepare", "collect", "merge", "apply")
 PREPARE, COLLECT, MERGE, APPLY = (1 << place for place in range(len(STEPS)))
 # How a task is packed: ctypes would take ten times as long to fill its structure. What differs from
 # call to call comes first.
-CALL = struct.Struct(f"q{len(ADDRESSES)}Pd")
+CALL = struct.Struct(f"2q{len(ADDRESSES)}P2dq")
 CONSTANTS = struct.Struct(f"{len(NUMBERS)}q")
 SIZE = CALL.size + CONSTANTS.size
 
@@ -73,8 +77,14 @@ class Task(ctypes.Structure):
 
     _fields_: ClassVar = [
         ("stage", ctypes.c_int64),
+        # Set by a kernel that finds a variance which float32 cannot hold.
+        ("overflown", ctypes.c_int64),
         *((name, ctypes.c_size_t) for name in ADDRESSES),
         ("eps", ctypes.c_double),
+        # Of the new batch in the running statistics.
+        ("weight_of_batch", ctypes.c_double),
+        # Whether these are float64.
+        ("wide_running", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in NUMBERS),
     ]
 
