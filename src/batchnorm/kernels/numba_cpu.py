@@ -63,7 +63,7 @@ def moments(x: Tensor) -> Moments:
     """Mean and biased variance of each channel, in float64."""
     x = _laid_out(x)
     mean, var = _new_statistics(x)
-    plan = library.plan("forward", ("collect", "merge"), x, (False, False), Options())
+    plan = library.plan("forward", ("collect", "merge"), x, Options())
     plan.run(_of_forward(x, mean, var), 0.0)
     return Moments(x.numel() // x.shape[1], mean, var)
 
@@ -182,8 +182,8 @@ def _normalize(
     single = mean.dtype == torch.float32 == var.dtype
     if not single:
         mean, var = _as(torch.float64, mean), _as(torch.float64, var)
-    given = residual is not None, mask is not None
-    plan = library.plan("forward", steps, x, given, _FORWARD[relu, single])
+    options = _FORWARD[relu, single]
+    plan = library.plan("forward", steps, x, options, optional=residual is not None)
     plan.run(_of_forward(x, mean, var, y, residual, mask, weight, bias), eps, running)
     return y, mask
 
@@ -245,7 +245,8 @@ def _backward(
         sums[0].data_ptr(),
         sums[1].data_ptr(),
     )
-    library.plan("backward", steps, x, (mask is not None,), options).run(addresses, eps)
+    plan = library.plan("backward", steps, x, options, optional=mask is not None)
+    plan.run(addresses, eps)
     return grad_x, behind_relu
 
 

@@ -19,12 +19,11 @@ from batchnorm.kernels.compiled.task import (
 )
 
 
-def of_planes(element, number, optional):
+def of_planes(element, number, optional_at):
     """The kernel for planes of ``element``, computed as ``number``.
 
-    ``optional`` says whether there is a mask: it is `array_at` or `no_array`, alone in a tuple.
+    ``optional_at`` is `array_at` if there is a mask, else `no_array`.
     """
-    (mask_at,) = optional
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
@@ -32,7 +31,7 @@ def of_planes(element, number, optional):
         x, grad = array_at(task.x, shape, element), array_at(task.grad, shape, element)
         grad_x = array_at(task.grad_x, shape, element)
         behind_relu = array_at(task.behind_relu, shape, element)
-        mask = mask_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
+        mask = optional_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
         partials = array_at(
@@ -67,9 +66,8 @@ def of_planes(element, number, optional):
     return backward
 
 
-def of_columns(element, number, optional):
+def of_columns(element, number, optional_at):
     """The kernel for columns; its arguments are those of `of_planes`."""
-    (mask_at,) = optional
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
@@ -78,7 +76,7 @@ def of_columns(element, number, optional):
         x, grad = array_at(task.x, shape, element), array_at(task.grad, shape, element)
         grad_x = array_at(task.grad_x, shape, element)
         behind_relu = array_at(task.behind_relu, shape, element)
-        mask = mask_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
+        mask = optional_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
         partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)

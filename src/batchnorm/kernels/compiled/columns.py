@@ -126,21 +126,16 @@ def gather_moments(partials):
 def normalize(task, x, residual, y, mask, coefficients, slab, slabs):
     """``y`` of one slab."""
     if x.shape[1] < LANES:
-        _normalize(task, x, residual, y, mask, coefficients, slab, slabs, 1, number_like(x, 0))
+        one = number_like(x, 0)
+        _go_down(task, x, residual, y, None, coefficients, slab, slabs, 1, one)
+    elif _masked_by_vector(x):
+        _go_down(task, x, residual, y, mask, coefficients, slab, slabs, LANES, zeros(x, LANES))
     else:
-        _normalize(task, x, residual, y, mask, coefficients, slab, slabs, LANES, zeros(x, LANES))
-
-
-@njit
-def _normalize(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero):
-    if _masked_by_vector(x):
-        _go_down(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero)
-    else:
-        _go_down(task, x, residual, y, None, coefficients, slab, slabs, lanes, zero)
-        if mask is not None:
-            first, last = _rows_of(slab, slabs, x)
-            for row in range(first, last):
-                rows.pack(y[row], mask[row])
+        _go_down(task, x, residual, y, None, coefficients, slab, slabs, LANES, zeros(x, LANES))
+    if mask is not None and task.mask and not _masked_by_vector(x):
+        first, last = _rows_of(slab, slabs, x)
+        for row in range(first, last):
+            rows.pack(y[row], mask[row])
 
 
 @njit
@@ -148,7 +143,7 @@ def _go_down(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero)
     first, last = _rows_of(slab, slabs, x)
     width = x.shape[1]
     streamed = is_streamed(x, y, task.collected)
-    options = task.relu != 0, streamed
+    options = task.relu != 0, task.mask != 0, streamed
     for row in range(first, last, GROUP):
         for left in range(0, width, lanes):
             k, stop = min(left, width - lanes), min(row + GROUP, last)
@@ -160,27 +155,28 @@ def _go_down(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero)
 @njit
 def grad_sums(task, grad, x, mask, behind_relu, partials, work, coefficients, slab):
     """Sums of the gradient behind the ReLU; a mask's gradient is written to ``behind_relu``."""
-    if _masked_by_vector(x):
-        masked = mask is not None
-        _choose_lanes(task, masked, grad, x, mask, behind_relu, coefficients, partials, work, slab)
-    elif mask is not None:
+    if mask is None:
+        gated = task.relu != 0
+        _sum_unmasked(task, gated, grad, x, behind_relu, coefficients, partials, work, slab)
+    elif _masked_by_vector(x):
+        arrays = grad, x, mask, behind_relu
+        zero = zeros(x, LANES)
+        _grad_sums(task, False, *arrays, coefficients, partials, work, slab, LANES, zero)
+    else:
         first, last = _rows_of(slab, len(partials), x)
         for row in range(first, last):
             rows.unpack(grad[row], mask[row], behind_relu[row])
-        grad = behind_relu
-        _choose_lanes(task, True, grad, x, None, behind_relu, coefficients, partials, work, slab)
-    else:
-        _choose_lanes(task, False, grad, x, None, behind_relu, coefficients, partials, work, slab)
+        unpacked = behind_relu
+        _sum_unmasked(task, False, unpacked, x, behind_relu, coefficients, partials, work, slab)
 
 
 @njit
-def _choose_lanes(task, masked, grad, x, mask, behind_relu, coefficients, partials, work, slab):
-    gated = task.relu != 0 and not masked
-    arrays = grad, x, mask, behind_relu
+def _sum_unmasked(task, gated, grad, x, behind_relu, coefficients, partials, work, slab):
+    sums = coefficients, partials, work, slab
     if x.shape[1] < LANES:
-        _grad_sums(task, gated, *arrays, coefficients, partials, work, slab, 1, number_like(x, 0))
+        _grad_sums(task, gated, grad, x, None, behind_relu, *sums, 1, number_like(x, 0))
     else:
-        _grad_sums(task, gated, *arrays, coefficients, partials, work, slab, LANES, zeros(x, LANES))
+        _grad_sums(task, gated, grad, x, None, behind_relu, *sums, LANES, zeros(x, LANES))
 
 
 @njit

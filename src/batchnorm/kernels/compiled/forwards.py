@@ -19,20 +19,19 @@ from batchnorm.kernels.compiled.task import (
 )
 
 
-def of_planes(element, number, optional):
+def of_planes(element, number, optional_at):
     """The kernel for planes of ``element``, computed as ``number``.
 
-    ``optional`` says of residual and mask whether there are any: each is `array_at` or `no_array`.
+    ``optional_at`` is `array_at` if there is a residual, and perhaps a mask, else `no_array`.
     """
-    residual_at, mask_at = optional
 
     def forward(pointer, thread, team):
         task = task_at(pointer)
         samples = (task.rows, task.channels, task.length)
         shape = (task.rows * task.channels, task.length)
         x, y = array_at(task.x, shape, element), array_at(task.y, shape, element)
-        residual = residual_at(task.residual, shape, element)
-        mask = mask_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
+        residual = optional_at(task.residual, shape, element)
+        mask = optional_at(task.mask, (shape[0], (task.length + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
         partials = array_at(
@@ -65,17 +64,16 @@ def of_planes(element, number, optional):
     return forward
 
 
-def of_columns(element, number, optional):
+def of_columns(element, number, optional_at):
     """The kernel for columns; its arguments are those of `of_planes`."""
-    residual_at, mask_at = optional
 
     def forward(pointer, thread, team):
         task = task_at(pointer)
         width = task.fold * task.channels * task.repeat
         shape = (task.rows, width)
         x, y = array_at(task.x, shape, element), array_at(task.y, shape, element)
-        residual = residual_at(task.residual, shape, element)
-        mask = mask_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
+        residual = optional_at(task.residual, shape, element)
+        mask = optional_at(task.mask, (task.rows, (width + 7) // 8), np.uint8)
         weight = array_at(task.weight, (task.channels,), number)
         bias = array_at(task.bias, (task.channels,), number)
         partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)

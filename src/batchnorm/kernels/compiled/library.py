@@ -130,7 +130,7 @@ def _say_moved(running: Running, block: _Block) -> None:
 
 
 def plan(
-    which: Pass, steps: tuple[str, ...], x: Tensor, given: tuple[bool, ...], options: Options
+    which: Pass, steps: tuple[str, ...], x: Tensor, options: Options, *, optional: bool = False
 ) -> Plan:
     """How to do the steps, in their order, on as many threads as the size of ``x`` deserves.
 
@@ -138,11 +138,11 @@ def plan(
         which: The pass to which the steps belong.
         steps: Some of `task.STEPS`.
         x: The input, contiguous or channels last.
-        given: Which of the optional tensors there are: residual and mask forward, mask backward.
         options: How they are done.
+        optional: Whether there is a residual, forward, or a mask, backward.
     """
     last, team = is_channels_last(x), team_for(x)
-    return _plan(which, steps, x.shape, last, x.dtype, given, options, team)
+    return _plan(which, steps, x.shape, last, x.dtype, optional, options, team)
 
 
 def team_for(x: Tensor) -> int:
@@ -157,7 +157,7 @@ def _plan(
     shape: torch.Size,
     channels_last: bool,
     dtype: torch.dtype,
-    given: tuple[bool, ...],
+    optional: bool,
     options: Options,
     team: int,
 ) -> Plan:
@@ -177,7 +177,7 @@ def _plan(
     constants = CONSTANTS.pack(
         *parts, *geometry[1:], count, _bits(stages), by_cell, collected, *options
     )
-    kernel = _kernel(which, geometry.columns, dtype, given)
+    kernel = _kernel(which, geometry.columns, dtype, optional)
     return Plan(kernel, constants, scratch, team, len(stages))
 
 
@@ -238,16 +238,14 @@ def _borrowed(size: int) -> _Block:
 
 
 @cache
-def _kernel(which: Pass, columns: bool, dtype: torch.dtype, given: tuple[bool, ...]) -> _Kernel:
-    """The kernel for tensors of which the optional ones are given or not, in their order."""
+def _kernel(which: Pass, columns: bool, dtype: torch.dtype, optional: bool) -> _Kernel:
     element = ELEMENTS[dtype]
     number = np.float64 if dtype == torch.float64 else np.float32
-    optional = tuple(array_at if there else no_array for there in given)
-    function = MAKERS[which, columns](element, number, optional)
+    function = MAKERS[which, columns](element, number, array_at if optional else no_array)
     if config.DISABLE_JIT:
         return _Kernel(lambda task, *share: function(Task.from_address(task), *share), None)
-    family, with_what = "columns" if columns else "planes", "".join(str(int(g)) for g in given)
-    name = f"{which}_{family}_{np.dtype(element).name}_{with_what}"
+    family, suffix = "columns" if columns else "planes", "_and_more" if optional else ""
+    name = f"{which}_{family}_{np.dtype(element).name}{suffix}"
     address = compiled(name, function, SIGNATURE)
     return _Kernel(_Prototype(address), address)
 

@@ -35,9 +35,10 @@ def _affine(element, centre, scale, offset):
 def normalize(x, residual, y, mask, options, r, k, skip, numbers, zero):
     """``y = (x - centre) * scale + offset + residual``, then ReLU, which lets NaN through.
 
-    ``options`` are whether there is a ReLU and whether ``y`` is streamed.
+    ``options`` are whether there is a ReLU, whether its mask is wanted, and whether ``y`` is
+    streamed.
     """
-    relu, streamed = options
+    relu, masked, streamed = options
     centre, scale, offset = numbers
     value = _affine(load(x, r, k, zero), centre, scale, offset)
     if residual is not None:
@@ -45,7 +46,7 @@ def normalize(x, residual, y, mask, options, r, k, skip, numbers, zero):
     if relu:
         value = where_positive(value, value, zero)
     store(y, r, k, value, streamed)
-    if mask is not None:
+    if mask is not None and masked:
         store_passes(mask, r, k, skip, rounded(value, y), zero)
 
 

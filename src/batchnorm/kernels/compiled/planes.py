@@ -180,7 +180,7 @@ def normalize(task, x, residual, y, mask, coefficients, first, last, cells):
     The last pieces come first if they may still be cached.
     """
     streamed = is_streamed(x, y, task.collected)
-    options = task.relu != 0, streamed
+    options = task.relu != 0, task.mask != 0, streamed
     ahead_by = _ahead(task, first, last)
     vectors = zeros(x, LANES), zeros(x, FEW)
     begin, end = _pieces_of_cells(cells, task.channels)

@@ -75,10 +75,12 @@ def add_deviations(x, r, start, stop, ahead, centre, recent, k, vectors):
             prefetch(x, ahead[0], ahead[1] + j - start, wide)
             of_lanes = maps.add_deviation(x, r, j, 0, filled(centre, wide), of_lanes, wide)
         sums = folded(of_lanes[0], few), folded(of_lanes[1], few)
-    for j in range(end, stop, FEW):
-        prefetch(x, ahead[0], ahead[1] + j - start, few)
-        left = min(j, stop - FEW)
-        sums = maps.add_deviation(x, r, left, j - left, filled(centre, few), sums, few)
+    of_few, whole = filled(centre, few), stop - (stop - end) % FEW
+    for j in range(end, whole, FEW):
+        sums = maps.add_deviation(x, r, j, 0, of_few, sums, few)
+    if whole < stop:
+        left = stop - FEW
+        sums = maps.add_deviation(x, r, left, whole - left, of_few, sums, few)
     _add(recent, k, sums, few)
 
 
@@ -92,9 +94,12 @@ def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, vec
             prefetch(x, ahead, j, wide)
         maps.normalize(x, residual, y, mask, options, r, j, 0, _filled3(numbers, wide), wide)
     of_few = _filled3(numbers, few)
-    for j in range(end, stop, FEW):
-        left = min(j, stop - FEW)
-        maps.normalize(x, residual, y, mask, options, r, left, j - left, of_few, few)
+    whole = stop - (stop - end) % FEW
+    for j in range(end, whole, FEW):
+        maps.normalize(x, residual, y, mask, options, r, j, 0, of_few, few)
+    if whole < stop:
+        left = stop - FEW
+        maps.normalize(x, residual, y, mask, options, r, left, whole - left, of_few, few)
 
 
 @njit(forceinline=True)
@@ -111,10 +116,13 @@ def add_grads(grad, x, mask, behind_relu, options, r, start, stop, numbers, rece
             )
         sums = folded(of_lanes[0], few), folded(of_lanes[1], few)
     of_few = _filled4(numbers, few)
-    for j in range(end, stop, FEW):
-        left = min(j, stop - FEW)
+    whole = stop - (stop - end) % FEW
+    for j in range(end, whole, FEW):
+        sums = maps.add_grads(grad, x, mask, behind_relu, options, r, j, 0, of_few, sums, few)
+    if whole < stop:
+        left = stop - FEW
         sums = maps.add_grads(
-            grad, x, mask, behind_relu, options, r, left, j - left, of_few, sums, few
+            grad, x, mask, behind_relu, options, r, left, whole - left, of_few, sums, few
         )
     _add(recent, k, sums, few)
 

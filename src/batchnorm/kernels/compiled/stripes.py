@@ -34,7 +34,7 @@ def normalize(x, residual, y, mask, coefficients, options, first, last, k, zero)
         load(coefficients, SCALE, k, zero),
         load(coefficients, OFFSET, k, zero),
     )
-    streamed = options[1]
+    streamed = options[2]
     for r in range(first, last):
         if streamed:
             prefetch(x, r + last - first, k, zero)
