@@ -104,6 +104,66 @@ def test_a_new_process_finds_what_another_one_kept(folder):
         assert done.stdout.strip() == expected
 
 
+COMPILE = """
+import sys
+from batchnorm.kernels.compiled import library
+from test_storage import SIGNATURE, plus_seven
+compiled = []
+real = library.cfunc
+library.cfunc = lambda *a, **k: compiled.append(1) or real(*a, **k)
+print("ready", flush=True)
+sys.stdin.readline()
+library.compiled("plus", plus_seven, SIGNATURE)
+print(len(compiled))
+"""
+
+
+@pytest.mark.skipif(storage.fcntl is None, reason="files cannot be locked here")
+def test_of_several_processes_one_compiles(folder):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE],
+            cwd=os.path.dirname(__file__),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    counts = [int(process.communicate(timeout=120)[0]) for process in processes]
+    assert sorted(counts) == [0, 0, 1]
+    assert [path.suffix for path in folder.iterdir()] == [".bin"]
+
+
+@pytest.mark.skipif(storage.fcntl is None, reason="files cannot be locked here")
+def test_nobody_waits_for_ever(folder, monkeypatch):
+    monkeypatch.setattr(storage, "_PATIENCE", 0.1)
+    with storage.one_at_a_time("name"), storage.one_at_a_time("name"):
+        assert (folder / "name.lock").exists()
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(95, "not supported"), None])
+def test_where_files_cannot_be_locked_everybody_compiles(folder, monkeypatch, error):
+    if error is None:
+        monkeypatch.setattr(storage, "fcntl", None)
+    else:
+        monkeypatch.setattr(storage, "_wait_for", raising(error))
+    assert Function(library.compiled("plus", plus_seven, SIGNATURE))(1) == 8
+
+
+def raising(error):
+    def wait(file):
+        raise error
+
+    return wait
+
+
 def test_numba_gives_the_object_code_of_a_function():
     code = cfunc(SIGNATURE, _nrt=False)(plus_seven)
     kept = storage.MachineCode(code._wrapper_name, code._library._get_compiled_object())

@@ -82,19 +82,20 @@ def of_columns(element, number, optional_at):
         partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
         coefficients = array_at(task.scratch + task.coefficients, (6, width), number)
         work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
-        steps, alone = steps_of(task), thread == 0
+        steps = steps_of(task)
+        channels, own = columns.shares(task, width, thread, team)
         from_slab, to_slab = share(task.slabs, thread, team)
-        if alone and steps & PREPARE:
-            prepare(task, coefficients, weight, bias, 0, task.channels)
+        if steps & PREPARE:
+            prepare(task, coefficients, weight, bias, channels[0], channels[1])
         if steps & COLLECT:
             for slab in range(from_slab, to_slab):
                 columns.grad_sums(
                     task, grad, x, mask, behind_relu, partials, work, coefficients, slab
                 )
-        if alone and steps & MERGE:
+        if steps & MERGE:
             if not task.given:
-                columns.gather_grads(partials)
-            merge_grads_of(task, partials[:1], coefficients, 0, task.channels)
+                columns.gather_grads(partials, own[0], own[1])
+            merge_grads_of(task, partials[:1], coefficients, channels[0], channels[1])
         if steps & APPLY:
             behind = behind_relu if task.mask else grad
             for slab in range(to_slab - 1, from_slab - 1, -1):

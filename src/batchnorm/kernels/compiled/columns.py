@@ -1,8 +1,9 @@
 """A matrix whose columns belong to channels: channels last, (N, C), and planes of a few elements.
 
-Rows are gone through in the order in which they lie in memory, a few at a time, stripe by stripe:
-that is what the hardware prefetches. The last stripe begins further left where it would stand out
-on the right, so some columns may be done twice, with the same result.
+Rows are gone through in the order in which they lie in memory, because that is what the hardware
+prefetches: stripes of `LANES` columns, then of `FEW`. The last stripe begins further left where it
+would stand out on the right, so some columns may be done twice, with the same result. A matrix
+narrower than `FEW` is gone through column by column.
 
 Slabs are applied in reverse by the kernels: the last rows are still cached.
 """
@@ -21,27 +22,29 @@ from batchnorm.kernels.compiled.statistics import (
     SHIFT,
     SQUARES,
 )
-from batchnorm.kernels.compiled.vectors import LANES, finish_streams, is_streamed, zeros
+from batchnorm.kernels.compiled.task import share
+from batchnorm.kernels.compiled.vectors import FEW, LANES, finish_streams, is_streamed, zeros
 
 # The most rows that are summed up in the precision of the elements.
 ROWS = 128
 # Rows that give a first idea of the means.
 FIRST = 8
-# Rows that are gone down at a time, to load coefficients less often.
+# Rows that are summed up at a time, to load and store sums less often.
 GROUP = 8
 
 
 @njit
 def collect(x, partials, work, slab):
     """Sums of one slab of rows."""
-    if x.shape[1] < LANES:
-        _collect(x, partials, work, slab, 1, number_like(x, 0))
+    if x.shape[1] < FEW:
+        one = number_like(x, 0)
+        _collect(x, partials, work, slab, (1, 1), (one, one))
     else:
-        _collect(x, partials, work, slab, LANES, zeros(x, LANES))
+        _collect(x, partials, work, slab, (LANES, FEW), (zeros(x, LANES), zeros(x, FEW)))
 
 
 @njit
-def _collect(x, partials, work, slab, lanes, zero):
+def _collect(x, partials, work, slab, lanes, vectors):
     """Sums about a first idea of the means; about the means themselves if that lies far off."""
     first, last = _rows_of(slab, len(partials), x)
     partial = partials[slab]
@@ -51,29 +54,32 @@ def _collect(x, partials, work, slab, lanes, zero):
         if start == first:
             few = min(start + FIRST, stop)
             work[0, :] = 0
-            _deviate(x, start, few, work, lanes, zero)
+            _deviate(x, start, few, work, lanes, vectors)
             _move_centres(work, few - start)
         else:
             share = 1 / partial[COUNT, 0]
             for k in range(x.shape[1]):
                 work[0, k] = partial[SHIFT, k] + partial[LINEAR, k] * share
-        _deviate(x, start, stop, work, lanes, zero)
+        _deviate(x, start, stop, work, lanes, vectors)
         if _is_far_off(x, work, stop - start):
             _move_centres(work, stop - start)
-            _deviate(x, start, stop, work, lanes, zero)
+            _deviate(x, start, stop, work, lanes, vectors)
         _merge(partial, work, stop - start)
 
 
 @njit
-def _deviate(x, start, stop, work, lanes, zero):
+def _deviate(x, start, stop, work, lanes, vectors):
     """``work[1:] = `` sums of ``x - work[0]`` and of its square over some rows."""
     width = x.shape[1]
+    wide = _columns_of_wide(width, lanes)
     work[1:, :] = 0
     for row in range(start, stop, GROUP):
         end = min(row + GROUP, stop)
-        for left in range(0, width, lanes):
-            k = min(left, width - lanes)
-            stripes.add_deviations(x, row, end, k, left - k, work, zero)
+        for k in range(0, wide, lanes[0]):
+            stripes.add_deviations(x, row, end, k, 0, work, vectors[0])
+        for left in range(wide, width, lanes[1]):
+            k = min(left, width - lanes[1])
+            stripes.add_deviations(x, row, end, k, left - k, work, vectors[1])
 
 
 @njit
@@ -86,11 +92,11 @@ def _move_centres(work, count):
 @njit
 def _is_far_off(x, work, count):
     """Whether a mean lies more than a standard deviation off its centre: squares would cancel."""
+    is_far = False
     for k in range(x.shape[1]):
         linear, squares = float(work[1, k]), float(work[2, k])
-        if 2 * linear * linear > squares * count:
-            return True
-    return False
+        is_far |= 2 * linear * linear > squares * count
+    return is_far
 
 
 @njit
@@ -109,12 +115,26 @@ def _merge(partial, work, count):
 
 
 @njit
-def gather_moments(partials):
-    """Merges the sums of all slabs into those of the first, for all columns at once."""
+def shares(task, width, thread, team):
+    """What a thread merges: its channels, and its columns.
+
+    One thread does all if a channel has several columns.
+    """
+    if width == task.channels:
+        channels = share(width, thread, team)
+        return channels, channels
+    if thread == 0:
+        return (0, task.channels), (0, width)
+    return (0, 0), (0, 0)
+
+
+@njit
+def gather_moments(partials, first, last):
+    """Merges the sums of all slabs into those of the first, for some columns."""
     whole = partials[0]
     for slab in range(1, len(partials)):
         partial = partials[slab]
-        for k in range(partials.shape[2]):
+        for k in range(first, last):
             count, linear = partial[COUNT, k], partial[LINEAR, k]
             delta = partial[SHIFT, k] - whole[SHIFT, k]
             whole[COUNT, k] += count
@@ -125,29 +145,31 @@ def gather_moments(partials):
 @njit
 def normalize(task, x, residual, y, mask, coefficients, slab, slabs):
     """``y`` of one slab."""
-    if x.shape[1] < LANES:
+    first, last = _rows_of(slab, slabs, x)
+    arrays = first, last, x, residual, y
+    if x.shape[1] < FEW:
         one = number_like(x, 0)
-        _go_down(task, x, residual, y, None, coefficients, slab, slabs, 1, one)
-    elif _masked_by_vector(x):
-        _go_down(task, x, residual, y, mask, coefficients, slab, slabs, LANES, zeros(x, LANES))
+        _normalize(task, *arrays, None, coefficients, (1, 1), (one, one))
+        if mask is not None and task.mask:
+            for row in range(first, last):
+                rows.pack(y[row], mask[row])
     else:
-        _go_down(task, x, residual, y, None, coefficients, slab, slabs, LANES, zeros(x, LANES))
-    if mask is not None and task.mask and not _masked_by_vector(x):
-        first, last = _rows_of(slab, slabs, x)
-        for row in range(first, last):
-            rows.pack(y[row], mask[row])
+        vectors = zeros(x, LANES), zeros(x, FEW)
+        _normalize(task, *arrays, mask, coefficients, (LANES, FEW), vectors)
 
 
 @njit
-def _go_down(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero):
-    first, last = _rows_of(slab, slabs, x)
+def _normalize(task, first, last, x, residual, y, mask, coefficients, lanes, vectors):
     width = x.shape[1]
-    streamed = is_streamed(x, y, task.collected)
+    wide, streamed = _columns_of_wide(width, lanes), is_streamed(x, y, task.collected)
     options = task.relu != 0, task.mask != 0, streamed
-    for row in range(first, last, GROUP):
-        for left in range(0, width, lanes):
-            k, stop = min(left, width - lanes), min(row + GROUP, last)
-            stripes.normalize(x, residual, y, mask, coefficients, options, row, stop, k, zero)
+    for r in range(first, last):
+        for k in range(0, wide, lanes[0]):
+            stripes.normalize(x, residual, y, mask, coefficients, options, r, k, 0, vectors[0])
+        for left in range(wide, width, lanes[1]):
+            k = min(left, width - lanes[1])
+            skip = left - k
+            stripes.normalize(x, residual, y, mask, coefficients, options, r, k, skip, vectors[1])
     if streamed:
         finish_streams()
 
@@ -155,36 +177,28 @@ def _go_down(task, x, residual, y, mask, coefficients, slab, slabs, lanes, zero)
 @njit
 def grad_sums(task, grad, x, mask, behind_relu, partials, work, coefficients, slab):
     """Sums of the gradient behind the ReLU; a mask's gradient is written to ``behind_relu``."""
-    if mask is None:
-        gated = task.relu != 0
-        _sum_unmasked(task, gated, grad, x, behind_relu, coefficients, partials, work, slab)
-    elif _masked_by_vector(x):
-        arrays = grad, x, mask, behind_relu
-        zero = zeros(x, LANES)
-        _grad_sums(task, False, *arrays, coefficients, partials, work, slab, LANES, zero)
-    else:
+    gated = task.relu != 0 and mask is None
+    sums = coefficients, partials, work, slab
+    if x.shape[1] >= FEW:
+        lanes, vectors = (LANES, FEW), (zeros(x, LANES), zeros(x, FEW))
+        _grad_sums(task, gated, grad, x, mask, behind_relu, *sums, lanes, vectors)
+        return
+    if mask is not None:
         first, last = _rows_of(slab, len(partials), x)
         for row in range(first, last):
             rows.unpack(grad[row], mask[row], behind_relu[row])
-        unpacked = behind_relu
-        _sum_unmasked(task, False, unpacked, x, behind_relu, coefficients, partials, work, slab)
-
-
-@njit
-def _sum_unmasked(task, gated, grad, x, behind_relu, coefficients, partials, work, slab):
-    sums = coefficients, partials, work, slab
-    if x.shape[1] < LANES:
-        _grad_sums(task, gated, grad, x, None, behind_relu, *sums, 1, number_like(x, 0))
-    else:
-        _grad_sums(task, gated, grad, x, None, behind_relu, *sums, LANES, zeros(x, LANES))
+        grad = behind_relu
+    one = number_like(x, 0)
+    _grad_sums(task, gated, grad, x, None, behind_relu, *sums, (1, 1), (one, one))
 
 
 @njit
 def _grad_sums(
-    task, gated, grad, x, mask, behind_relu, coefficients, partials, work, slab, lanes, zero
+    task, gated, grad, x, mask, behind_relu, coefficients, partials, work, slab, lanes, vectors
 ):
     first, last = _rows_of(slab, len(partials), x)
     width, partial = x.shape[1], partials[slab]
+    wide = _columns_of_wide(width, lanes)
     streamed = mask is not None and is_streamed(x, behind_relu, task.collected)
     options = gated, streamed
     partial[:] = 0
@@ -192,11 +206,17 @@ def _grad_sums(
         stop = min(start + ROWS, last)
         work[:] = 0
         for row in range(start, stop, GROUP):
-            for left in range(0, width, lanes):
-                k, end = min(left, width - lanes), min(row + GROUP, stop)
+            end = min(row + GROUP, stop)
+            for k in range(0, wide, lanes[0]):
                 stripes.add_grads(
                     grad, x, mask, behind_relu, coefficients, options,
-                    row, end, k, left - k, work, zero,
+                    row, end, k, 0, work, vectors[0],
+                )  # fmt: skip
+            for left in range(wide, width, lanes[1]):
+                k = min(left, width - lanes[1])
+                stripes.add_grads(
+                    grad, x, mask, behind_relu, coefficients, options,
+                    row, end, k, left - k, work, vectors[1],
                 )  # fmt: skip
         for k in range(width):
             partial[PLAIN, k] += work[0, k]
@@ -206,10 +226,10 @@ def _grad_sums(
 
 
 @njit
-def gather_grads(partials):
-    """Adds the sums of all slabs to those of the first."""
+def gather_grads(partials, first, last):
+    """Adds the sums of all slabs to those of the first, for some columns."""
     for slab in range(1, len(partials)):
-        for k in range(partials.shape[2]):
+        for k in range(first, last):
             partials[0, PLAIN, k] += partials[slab, PLAIN, k]
             partials[0, PRODUCT, k] += partials[slab, PRODUCT, k]
 
@@ -217,22 +237,26 @@ def gather_grads(partials):
 @njit
 def grad_input(task, grad, x, result, coefficients, slab, slabs):
     """Gradient of the input. With a mask, ``grad`` lies behind the ReLU already."""
-    if x.shape[1] < LANES:
-        _grad_input(task, grad, x, result, coefficients, slab, slabs, 1, number_like(x, 0))
+    arrays = grad, x, result, coefficients, slab, slabs
+    if x.shape[1] < FEW:
+        one = number_like(x, 0)
+        _grad_input(task, *arrays, (1, 1), (one, one))
     else:
-        _grad_input(task, grad, x, result, coefficients, slab, slabs, LANES, zeros(x, LANES))
+        _grad_input(task, *arrays, (LANES, FEW), (zeros(x, LANES), zeros(x, FEW)))
 
 
 @njit
-def _grad_input(task, grad, x, result, coefficients, slab, slabs, lanes, zero):
+def _grad_input(task, grad, x, result, coefficients, slab, slabs, lanes, vectors):
     first, last = _rows_of(slab, slabs, x)
     width = x.shape[1]
-    streamed = is_streamed(x, result, task.collected)
+    wide, streamed = _columns_of_wide(width, lanes), is_streamed(x, result, task.collected)
     options = task.fixed != 0, task.relu != 0 and task.mask == 0, streamed
-    for row in range(first, last, GROUP):
-        for left in range(0, width, lanes):
-            k, stop = min(left, width - lanes), min(row + GROUP, last)
-            stripes.grad_input(grad, x, result, coefficients, options, row, stop, k, zero)
+    for r in range(first, last):
+        for k in range(0, wide, lanes[0]):
+            stripes.grad_input(grad, x, result, coefficients, options, r, k, vectors[0])
+        for left in range(wide, width, lanes[1]):
+            k = min(left, width - lanes[1])
+            stripes.grad_input(grad, x, result, coefficients, options, r, k, vectors[1])
     if streamed:
         finish_streams()
 
@@ -243,6 +267,6 @@ def _rows_of(slab, slabs, x):
 
 
 @njit
-def _masked_by_vector(x):
-    """Whether every stripe begins at a byte of the mask."""
-    return x.shape[1] >= LANES and x.shape[1] % 8 == 0
+def _columns_of_wide(width, lanes):
+    """How many columns stripes of the wider kind cover."""
+    return width - width % lanes[0]

@@ -79,17 +79,19 @@ def of_columns(element, number, optional_at):
         partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
         coefficients = array_at(task.scratch + task.coefficients, (6, width), number)
         work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
-        steps, alone = steps_of(task), thread == 0
+        steps = steps_of(task)
+        channels, own = columns.shares(task, width, thread, team)
         from_slab, to_slab = share(task.slabs, thread, team)
         if steps & COLLECT:
             for slab in range(from_slab, to_slab):
                 columns.collect(x, partials, work, slab)
-        if alone and steps & MERGE:
+        if steps & MERGE:
             samples = (task.rows * task.fold, task.channels, task.repeat)
-            columns.gather_moments(partials)
-            merge_moments(task, array_at(task.x, samples, element), partials[:1], 0, task.channels)
-        if alone and steps & PREPARE:
-            prepare(task, coefficients, weight, bias, 0, task.channels)
+            of_channels = array_at(task.x, samples, element)
+            columns.gather_moments(partials, own[0], own[1])
+            merge_moments(task, of_channels, partials[:1], channels[0], channels[1])
+        if steps & PREPARE:
+            prepare(task, coefficients, weight, bias, channels[0], channels[1])
         if steps & APPLY:
             for slab in range(to_slab - 1, from_slab - 1, -1):
                 columns.normalize(task, x, residual, y, mask, coefficients, slab, task.slabs)

@@ -259,7 +259,13 @@ def compiled(name: str, function: Any, signature: Any) -> int:
     name = f"{name}-{storage.fingerprint()}"
     kept = storage.read(name)
     if kept is None:
-        code = cfunc(signature, error_model="numpy", _nrt=False)(function)
-        kept = storage.MachineCode(code._wrapper_name, code._library._get_compiled_object())
-        storage.keep(name, kept)
+        with storage.one_at_a_time(name):
+            kept = storage.read(name) or _compiled_now(name, function, signature)
     return storage.linked(kept)
+
+
+def _compiled_now(name: str, function: Any, signature: Any) -> storage.MachineCode:
+    code = cfunc(signature, error_model="numpy", _nrt=False)(function)
+    kept = storage.MachineCode(code._wrapper_name, code._library._get_compiled_object())
+    storage.keep(name, kept)
+    return kept

@@ -11,17 +11,26 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import zlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
 
 from batchnorm.files import whole_file
 
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None
+
 _LENGTH = 4
+# How many seconds to wait for another process, and between two looks.
+_PATIENCE, _PAUSE = 60.0, 0.02
 # Of numba.config: what changes the code.
 _SETTINGS = ("OPT", "CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
 
@@ -56,6 +65,44 @@ def keep(name: str, kept: MachineCode) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with whole_file(folder / f"{name}.bin") as file:
                 file.write(_checksum(content) + content)
+            return
+
+
+@contextlib.contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Waits while another process holds the name: what it compiles will then be there.
+
+    Only to save work: where files cannot be locked, or after a minute, nobody waits.
+    """
+    file = _locked(name)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            file.close()
+
+
+def _locked(name: str) -> IO[str] | None:
+    for folder in _folders() if fcntl is not None else ():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / f"{name}.lock").open("w")
+            with contextlib.suppress(OSError):
+                _wait_for(file)
+            return file
+    return None
+
+
+def _wait_for(file: IO[str]) -> None:
+    started = time.monotonic()
+    while time.monotonic() - started < _PATIENCE:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+        else:
             return
 
 

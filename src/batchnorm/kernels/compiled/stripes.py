@@ -1,4 +1,4 @@
-"""A stripe of columns, gone down some rows: sums and coefficients stay in registers.
+"""A stripe of columns: sums stay in registers down some rows, results are written row by row.
 
 ``k`` is the first column of the stripe; ``zero`` says how wide it is, see
 `batchnorm.kernels.compiled.vectors`. Sums are added to the rows of ``work``, but not in the first
@@ -12,6 +12,9 @@ from numba import njit
 from batchnorm.kernels.compiled import maps
 from batchnorm.kernels.compiled.statistics import CENTRE, INV_STD, LEVEL, OFFSET, SCALE, TILT
 from batchnorm.kernels.compiled.vectors import load, prefetch, store
+
+# How many rows ahead to prefetch.
+AHEAD = 2
 
 
 @njit(forceinline=True)
@@ -27,18 +30,16 @@ def add_deviations(x, first, last, k, skip, work, zero):
 
 
 @njit(forceinline=True)
-def normalize(x, residual, y, mask, coefficients, options, first, last, k, zero):
-    """`maps.normalize` down some rows."""
+def normalize(x, residual, y, mask, coefficients, options, r, k, skip, zero):
+    """`maps.normalize` in one row."""
     numbers = (
         load(coefficients, CENTRE, k, zero),
         load(coefficients, SCALE, k, zero),
         load(coefficients, OFFSET, k, zero),
     )
-    streamed = options[2]
-    for r in range(first, last):
-        if streamed:
-            prefetch(x, r + last - first, k, zero)
-        maps.normalize(x, residual, y, mask, options, r, k, 0, numbers, zero)
+    if options[2]:
+        prefetch(x, r + AHEAD, k, zero)
+    maps.normalize(x, residual, y, mask, options, r, k, skip, numbers, zero)
 
 
 @njit(forceinline=True)
@@ -60,8 +61,8 @@ def add_grads(grad, x, mask, behind_relu, coefficients, options, first, last, k,
 
 
 @njit(forceinline=True)
-def grad_input(grad, x, result, coefficients, options, first, last, k, zero):
-    """`maps.grad_input` down some rows."""
+def grad_input(grad, x, result, coefficients, options, r, k, zero):
+    """`maps.grad_input` in one row."""
     numbers = (
         load(coefficients, CENTRE, k, zero),
         load(coefficients, INV_STD, k, zero),
@@ -70,9 +71,7 @@ def grad_input(grad, x, result, coefficients, options, first, last, k, zero):
         load(coefficients, TILT, k, zero),
         load(coefficients, LEVEL, k, zero),
     )
-    streamed = options[2]
-    for r in range(first, last):
-        if streamed:
-            prefetch(x, r + last - first, k, zero)
-            prefetch(grad, r + last - first, k, zero)
-        maps.grad_input(grad, x, None, result, options, r, k, numbers, zero)
+    if options[2]:
+        prefetch(x, r + AHEAD, k, zero)
+        prefetch(grad, r + AHEAD, k, zero)
+    maps.grad_input(grad, x, None, result, options, r, k, numbers, zero)

@@ -52,6 +52,8 @@ def watch(
     r / w: seven digits become six in float32 with a momentum of 0.1, and one or none in bfloat16.
     Only layers whose buffers do not tell (frozen, without statistics or counter) get a hook; it
     computes the moments of the input on the steps that are recorded, while gradients are enabled.
+    Under ``torch.compile`` such a hook is traced anew in every step until torch gives up and runs
+    the layer eagerly, and ``fullgraph=True`` raises: there, watch layers that are not frozen.
 
     Costs some small operations a layer and two transfers a device on a recorded step, and nothing
     on others: about 1 % of a step of ResNet-18 on a CPU. A layer that is listened to costs one
