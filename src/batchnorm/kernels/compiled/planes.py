@@ -1,8 +1,9 @@
 """Contiguous (N, C, L) with long rows, as a matrix of N * C rows: a channel is every C-th of them.
 
 Long rows are cut into pieces. The pieces of a channel are numbered through all samples; a slab is a
-run of them, and a slab is collected block by block. A *cell* is one channel of a piece or of a
-slab; cells are numbered as they lie in memory, channel after channel.
+run of them, and a slab is collected block by block. Results are written piece by piece in the
+order of memory. What threads share are *cells*, channel after channel: one channel of a slab, or
+one piece of a row.
 """
 
 from __future__ import annotations
@@ -88,15 +89,15 @@ def _pieces_of_slab(x, channels, slab, slabs):
 
 
 @njit
-def clipped(first, last, number, channels, cells):
-    """The channels from ``first`` to ``last`` of one piece or slab that are among some cells."""
+def clipped(first, last, slab, channels, cells):
+    """The channels from ``first`` to ``last`` of one slab that are among the cells."""
     begin, end = cells
-    return max(first, begin - number * channels), min(last, end - number * channels)
+    return max(first, begin - slab * channels), min(last, end - slab * channels)
 
 
 @njit
 def collect(x, channels, partials, sums, first, last, cells):
-    """Sums of the channels from ``first`` to ``last`` in the slabs of some cells."""
+    """Sums of the channels from ``first`` to ``last`` in the slabs that are cells."""
     begin, end = cells
     for slab in range(begin // channels, (end + channels - 1) // channels):
         low, high = clipped(first, last, slab, channels, cells)
@@ -175,22 +176,24 @@ def _count(x, channels, pieces):
 
 @njit
 def normalize(task, x, residual, y, mask, coefficients, first, last, cells):
-    """``y`` of some channels in the pieces of some cells.
+    """``y`` of some channels in the pieces that are cells.
 
-    The last pieces come first if they may still be cached.
+    The last samples come first if they may still be cached.
     """
     streamed = is_streamed(x, y, task.collected)
     options = task.relu != 0, task.mask != 0, streamed
     ahead_by = _ahead(task, first, last)
     vectors = zeros(x, LANES), zeros(x, FEW)
-    begin, end = _pieces_of_cells(cells, task.channels)
-    for piece in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
-        low, high = clipped(first, last, piece, task.channels, cells)
-        for c in range(low, high):
-            r, start, stop = _bounds(piece, task.channels, c, x)
+    begin, end = _samples_of(cells, task.channels, x)
+    for sample in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
+        for c in range(first, last):
+            r = sample * task.channels + c
             numbers = coefficients[CENTRE, c], coefficients[SCALE, c], coefficients[OFFSET, c]
-            ahead = r + ahead_by
-            rows.normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, vectors)
+            for piece in _pieces_of_row(r, cells, x):
+                start, stop = _part(piece, x)
+                rows.normalize(
+                    x, residual, y, mask, options, r, start, stop, numbers, r + ahead_by, vectors
+                )
     if streamed:
         finish_streams()
 
@@ -255,30 +258,46 @@ def _add_grads(
 
 @njit
 def grad_input(task, grad, x, mask, result, coefficients, first, last, cells):
-    """Gradient of the input, of some channels in the pieces of some cells; see `normalize`."""
+    """Gradient of the input, of some channels in the pieces that are cells; see `normalize`."""
     streamed = is_streamed(x, result, task.collected)
     options = task.fixed != 0, task.relu != 0 and mask is None, streamed
     ahead_by = _ahead(task, first, last)
     vectors = zeros(x, LANES), zeros(x, FEW)
-    begin, end = _pieces_of_cells(cells, task.channels)
-    for piece in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
-        low, high = clipped(first, last, piece, task.channels, cells)
-        for c in range(low, high):
-            r, start, stop = _bounds(piece, task.channels, c, x)
+    begin, end = _samples_of(cells, task.channels, x)
+    for sample in range(end - 1, begin - 1, -1) if task.collected else range(begin, end):
+        for c in range(first, last):
+            r = sample * task.channels + c
             numbers = (
                 coefficients[CENTRE, c], coefficients[INV_STD, c], coefficients[SCALE, c],
                 coefficients[OFFSET, c], coefficients[TILT, c], coefficients[LEVEL, c],
             )  # fmt: skip
-            rows.grad_input(
-                grad, x, mask, result, options, r, start, stop, numbers, r + ahead_by, vectors
-            )
+            for piece in _pieces_of_row(r, cells, x):
+                start, stop = _part(piece, x)
+                rows.grad_input(
+                    grad, x, mask, result, options, r, start, stop, numbers, r + ahead_by, vectors
+                )
     if streamed:
         finish_streams()
 
 
 @njit
-def _pieces_of_cells(cells, channels):
-    return cells[0] // channels, (cells[1] + channels - 1) // channels
+def _samples_of(cells, channels, x):
+    """First and last of the samples to which some pieces belong."""
+    size = channels * _cuts(x)
+    return cells[0] // size, (cells[1] + size - 1) // size
+
+
+@njit
+def _pieces_of_row(r, cells, x):
+    """The pieces of a row that are among the cells, numbered from its first."""
+    cuts = _cuts(x)
+    return range(max(0, cells[0] - r * cuts), min(cuts, cells[1] - r * cuts))
+
+
+@njit
+def _part(piece, x):
+    """First and last element of a piece of any row."""
+    return piece * PIECE, min(piece * PIECE + PIECE, x.shape[1])
 
 
 @njit
