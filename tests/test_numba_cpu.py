@@ -316,8 +316,9 @@ def moved_by_forward(x, *buffers, counter=None, weight=0.1):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0, -0.5])
-@pytest.mark.parametrize("shape", [(7, 50), (3, 50, 40), (40, 50, 60, 60)])
-def test_running_statistics_move_as_in_torch_to_the_bit(two_threads, dtype, weight, shape):
+@pytest.mark.parametrize("shape", [(7, 50), (3, 50, 40), (40, 50, 60, 60), (50, 50, 64, 64)])
+@pytest.mark.usefixtures("two_threads")
+def test_running_statistics_move_as_in_torch_to_the_bit(dtype, weight, shape):
     compiled, plain = ([normal(50, seed=s).to(dtype) for s in (1, 2)] for _ in range(2))
     counter = torch.tensor(6)
     versions = [buffer._version for buffer in (*compiled, counter)]
@@ -455,16 +456,23 @@ def test_large_tensors_are_the_references_on_any_team(threads, dtype, shape, las
     found = []
     for team in (1, 2, 3):
         threads(team)
-        y, batch, mask = numba_cpu.forward(x, weight, bias, EPS, residual, relu=True)
-        gate = Gate(bias, mask)
+        y, batch, own_mask = numba_cpu.forward(x, weight, bias, EPS, residual, relu=True)
+        gate = Gate(bias, own_mask)
         grads = numba_cpu.backward(grad, x, batch.mean, batch.var, EPS, weight, gate)
         found.append((y, batch.mean, batch.var, *grads))
     for got in found[1:]:
         for a, b in zip(found[0], got, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
-    expected, batch, mask = reference.forward(x, weight, bias, EPS, residual, relu=True)
+    expected, batch, _ = reference.forward(x, weight, bias, EPS, residual, relu=True)
     torch.testing.assert_close(found[0][0], expected)
     torch.testing.assert_close(found[0][2], batch.var, rtol=2e-6, atol=0)
+    exact = reference.backward(grad, x, batch.mean, batch.var, EPS, weight, Gate(bias, own_mask))
+    grad_x, grad_weight, grad_bias, grad_residual = found[0][3:]
+    torch.testing.assert_close(grad_x, exact.x)
+    torch.testing.assert_close(grad_residual, exact.residual)
+    size = (x.numel() // x.shape[1]) ** 0.5
+    for got, true in ((grad_weight, exact.weight), (grad_bias, exact.bias)):
+        torch.testing.assert_close(got.double(), true, rtol=1e-6, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("var", [0.0, -1.0])

@@ -143,9 +143,20 @@ def test_of_several_processes_one_compiles(folder):
 @pytest.mark.skipif(storage.fcntl is None, reason="files cannot be locked here")
 def test_nobody_waits_for_ever(folder, monkeypatch):
     monkeypatch.setattr(storage, "_PATIENCE", 0.1)
-    with storage.one_at_a_time("name"), storage.one_at_a_time("name"):
-        assert (folder / "name.lock").exists()
+    folder.mkdir(parents=True)
+    with (folder / "name.lock").open("w") as other:
+        storage.fcntl.flock(other, storage.fcntl.LOCK_EX)
+        with storage.one_at_a_time("name"):
+            pass
     assert not any(folder.iterdir())
+
+
+def test_a_signal_handler_does_not_wait_for_what_it_interrupted(folder, monkeypatch):
+    monkeypatch.setattr(storage, "_wait_for", lambda file: None)
+    with storage.one_at_a_time("name"):
+        monkeypatch.setattr(storage, "_wait_for", lambda file: pytest.fail("waits for itself"))
+        with storage.one_at_a_time("name"):
+            pass
 
 
 @pytest.mark.parametrize("error", [OSError(95, "not supported"), None])

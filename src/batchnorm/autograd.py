@@ -20,6 +20,7 @@ from batchnorm.kernels.contract import Gate, Running, statistics_dtype
 from batchnorm.kernels.geometry import is_channels_last
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 
 
 def forward(
@@ -55,9 +56,22 @@ def forward(
         return torch.ops.batchnorm.forward(*arguments)[:3]
     if not plain:
         return BatchNorm.apply(None, *arguments)  # pyright: ignore[reportReturnType]
+    if running is not None and _may_fail_to_save(x, weight, bias):
+        running = None
     aside = _Aside(running, [])
     y: Any = _apply(aside, *arguments)
     return y, *aside.statistics  # pyright: ignore[reportReturnType]
+
+
+def _may_fail_to_save(*tensors: Tensor | None) -> bool:
+    """Whether keeping tensors for a backward pass may raise; nothing may have moved by then.
+
+    Tensors of inference mode are refused, and a hook on saved tensors may do anything, as in
+    checkpointing that stops early. torch has no public way to ask for hooks.
+    """
+    if _top_hooks(True) is not None:
+        return True
+    return any(tensor is not None and tensor.is_inference() for tensor in tensors)
 
 
 def by_formula(
@@ -127,7 +141,7 @@ class _Kept(NamedTuple):
     """What backward needs beside tensors.
 
     ``options`` are eps, relu, whether statistics were fixed, and kernels; ``channels_last`` is the
-    layout of ``x`` if there is a mask, else None.
+    layout of ``x`` where it matters: with a ReLU.
     """
 
     plain: bool
@@ -135,6 +149,7 @@ class _Kept(NamedTuple):
     weight_dtype: torch.dtype | None
     bias_dtype: torch.dtype | None
     has_residual: bool
+    masked: bool
     channels_last: bool | None
 
 
@@ -181,7 +196,8 @@ class BatchNorm(Function):
             None if weight is None else weight.dtype,
             None if bias is None else bias.dtype,
             residual is not None,
-            is_channels_last(x) if masked else None,
+            masked,
+            is_channels_last(x) if relu else None,
         )
         if plain:
             aside.statistics.extend((mean, var))
@@ -202,7 +218,7 @@ class BatchNorm(Function):
         )
         grad_residual = None
         if kept.has_residual:
-            grad_residual = grad_output if kept.channels_last is None else behind_relu
+            grad_residual = behind_relu if kept.masked else grad_output
         return (
             None,
             grad_x,
@@ -239,8 +255,8 @@ def _gradients(
     mask: Tensor | None,
 ) -> Any:
     eps, relu, fixed, kernels = kept.options
-    if mask is not None:
-        x = _laid_out(x, channels_last=kept.channels_last is True)
+    if kept.channels_last is not None:
+        x = _laid_out(x, channels_last=kept.channels_last)
     if weight is not None and kept.bias_dtype not in (None, weight.dtype):
         weight = weight.to(mean.dtype)  # Kernels round both gradients to the weight's dtype.
     arguments = (weight, bias, mean, var, mask, eps, relu, fixed)
@@ -257,7 +273,7 @@ def _gradients(
 
 
 def _laid_out(x: Tensor, *, channels_last: bool) -> Tensor:
-    """``x`` in the layout that it had: its mask was laid out the same way.
+    """``x`` in the layout that it had, in which its mask was laid out and its signs were found.
 
     A hook on saved tensors may give it back in another one.
     """

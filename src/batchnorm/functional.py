@@ -1,4 +1,4 @@
-"""The public function: validates once, normalizes, then moves the running statistics."""
+"""The public function: validates once, normalizes, and sees that running statistics move once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The two operators that torch sees: ``torch.ops.batchnorm.forward`` and ``.backward``.
 
 They are functional: they return new tensors and change none, so that ``torch.compile`` may move
-them. Inside, `kernels.dispatch` decides who computes. Gradients stand around them, in
+them. Only the plain function `forward` moves running statistics, if it is given any. Inside,
+`kernels.dispatch` decides who computes. Gradients stand around them, in
 `batchnorm.autograd`.
 """
 

@@ -4,7 +4,8 @@ A backend is a module. It has these functions, or pyright says which one differs
 
 - ``x``, ``residual`` and their gradients have the shape (N, C, ...), any rank of at least two, in
   any memory layout; ``weight``, ``bias``, ``mean``, ``var`` are (C,);
-- ``mean``, ``var`` (biased, without ``eps``) and the sums have the dtype `statistics_dtype`;
+- ``mean``, ``var`` (biased, without ``eps``) and the sums have the dtype `statistics_dtype`; only
+  `normalize` also takes running statistics as they are;
 - ``gate`` is given to the backward stages when a ReLU was fused;
 - nothing is validated: `batchnorm.functional` did that, once.
 """

@@ -22,6 +22,8 @@ from batchnorm.moments import Moments
 
 # What running statistics may be to be moved by the kernels.
 _BUFFERS = (torch.float32, torch.float64)
+# Up to so many channels, a vector of each size is kept to make others like it.
+_USUAL = 4096
 # Named, because torch.set_default_device may have set another one.
 _CPU = torch.device("cpu")
 _ALL_FORWARD = ("collect", "merge", "prepare", "apply")
@@ -79,7 +81,7 @@ def normalize(
     *,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One read and one write; mean and variance may also be float32."""
+    """One read and one write; mean and variance of float32 are read as they are."""
     return _normalize(("prepare", "apply"), x, mean, var, eps, weight, bias, residual, relu=relu)
 
 
@@ -134,7 +136,7 @@ def forward(
     Usual running statistics are moved: float32 or float64, the weight a number.
     """
     mean, var = _new_statistics(x)
-    if running is not None and not _is_usual(running):
+    if running is not None and not _is_usual(running, x, weight, bias):
         running = None
     y, mask = _normalize(
         _ALL_FORWARD, x, mean, var, eps, weight, bias, residual, relu=relu, running=running
@@ -142,11 +144,14 @@ def forward(
     return y, Moments(x.numel() // x.shape[1], mean, var), mask
 
 
-def _is_usual(running: Running) -> bool:
-    """Whether the kernels can move these."""
+def _is_usual(running: Running, *read: Tensor | None) -> bool:
+    """Whether the kernels can move these while they still read the others."""
     mean, var, counter = running.mean, running.var, running.counter
+    addresses = [_address(mean), _address(var), *map(_address, read)]
     return (
         type(running.weight) is float
+        and addresses[0] not in addresses[1:]
+        and addresses[1] not in addresses[2:]
         and mean.dtype == var.dtype
         and mean.dtype in _BUFFERS
         and mean.is_contiguous()
@@ -180,8 +185,8 @@ def _normalize(
     weight = None if weight is None else _as(dtype, weight)
     bias = None if bias is None else _as(dtype, bias)
     single = mean.dtype == torch.float32 == var.dtype
-    if not single:
-        mean, var = _as(torch.float64, mean), _as(torch.float64, var)
+    kind = torch.float32 if single else torch.float64
+    mean, var = _as(kind, mean), _as(kind, var)
     options = _FORWARD[relu, single]
     plan = library.plan("forward", steps, x, options, optional=residual is not None)
     plan.run(_of_forward(x, mean, var, y, residual, mask, weight, bias), eps, running)
@@ -293,15 +298,20 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    like = _statistics(x.shape[1])
+    channels = x.shape[1]
+    like = _usual_statistics(channels) if channels <= _USUAL else _new_statistic(channels)
     return torch.empty_like(like), torch.empty_like(like)
 
 
-@lru_cache(1024)
-def _statistics(channels: int) -> Tensor:
+@lru_cache(256)
+def _usual_statistics(channels: int) -> Tensor:
     """To make others like it, in half the time."""
     with torch.inference_mode(False):
-        return torch.empty(channels, dtype=torch.float64, device=_CPU)
+        return _new_statistic(channels)
+
+
+def _new_statistic(channels: int) -> Tensor:
+    return torch.empty(channels, dtype=torch.float64, device=_CPU)
 
 
 def _new_sums(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

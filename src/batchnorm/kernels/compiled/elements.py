@@ -144,18 +144,6 @@ def _narrow(value, like):
     return lambda value, like: value
 
 
-def at(values, index):
-    """``values[index]``, or ``values`` itself where one number serves for all."""
-    return values[index] if isinstance(values, np.ndarray) else values
-
-
-@overload(at)
-def _at(values, index):
-    if isinstance(values, types.Array):
-        return lambda values, index: values[index]
-    return lambda values, index: values
-
-
 def number_like(array, value):
     """``value``, in the precision in which the elements of ``array`` are computed."""
     return np.float64(value) if array.dtype == np.float64 else np.float32(value)

@@ -22,7 +22,10 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 @njit
 def merge_moments(task, x, partials, first, last):
-    """Mean and variance of some channels; ``x`` is (samples, channels, length)."""
+    """Mean and variance of some channels; moves their running statistics, if there are any.
+
+    ``x`` is (samples, channels, length).
+    """
     shape = (task.channels,)
     mean, var = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
     for c in range(first, last):
@@ -45,8 +48,8 @@ def _move_running(task, c, mean, var):
     else:
         narrow_means = array_at(task.running_mean, shape, np.float32)
         narrow_variances = array_at(task.running_var, shape, np.float32)
-        narrow_means[c] = old * float(narrow_means[c]) + by_mean
-        narrow_variances[c] = old * float(narrow_variances[c]) + by_var
+        moved = old * float(narrow_means[c]) + by_mean, old * float(narrow_variances[c]) + by_var
+        narrow_means[c], narrow_variances[c] = moved
     if var > LARGEST_FLOAT32:
         task.overflown = 1
     if c == 0 and task.counter:

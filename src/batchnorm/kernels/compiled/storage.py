@@ -34,6 +34,8 @@ _PATIENCE, _PAUSE = 60.0, 0.02
 # Of numba.config: what changes the code.
 _SETTINGS = ("OPT", "CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
 
+# What this process compiles at the moment.
+_held: set[str] = set()
 # Linked code lives as long as these.
 _engines: list[llvm.ExecutionEngine] = []
 
@@ -72,12 +74,15 @@ def keep(name: str, kept: MachineCode) -> None:
 def one_at_a_time(name: str) -> Iterator[None]:
     """Waits while another process holds the name: what it compiles will then be there.
 
-    Only to save work: where files cannot be locked, or after a minute, nobody waits.
+    Only to save work: where files cannot be locked, or after a minute, nobody waits; and a signal
+    handler does not wait for what it interrupted.
     """
-    file = _locked(name)
+    file = None if name in _held else _locked(name)
+    _held.add(name)
     try:
         yield
     finally:
+        _held.discard(name)
         if file is not None:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
