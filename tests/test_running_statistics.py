@@ -1,4 +1,4 @@
-"""Running statistics: moved in the forward pass once and exactly or not at all; read as they are."""
+"""Running statistics: moved in a forward pass once and exactly, or not at all; read as they are."""
 
 import pytest
 import torch
