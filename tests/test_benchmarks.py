@@ -174,6 +174,7 @@ def test_start_up_times_every_stage(tmp_path):
 def test_recalibration_is_measured_against_the_true_statistics(capsys, monkeypatch):
     recalibration = script("recalibration")
     monkeypatch.setattr(recalibration, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(recalibration, "DEPTH", 18)
     monkeypatch.setattr(recalibration, "SIZE", 32)
     monkeypatch.setattr(recalibration, "SHARES", (0.5, 1.0))
     recalibration.main(36, rounds=1)
