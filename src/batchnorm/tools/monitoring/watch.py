@@ -56,7 +56,7 @@ def watch(
     the layer eagerly, and ``fullgraph=True`` raises: there, watch layers that are not frozen.
 
     Costs some small operations a layer and two transfers a device on a recorded step, and nothing
-    on others: about 1 % of a step of ResNet-18 on a CPU. A layer that is listened to costs one
+    on others: 1 to 2 % of a step of ResNet-18 on a CPU. A layer that is listened to costs one
     more pass over its input, and the first of them one more transfer: with all 20 layers frozen
     about 4 % of such a step. Any thread may call the layers; one of them ends the steps.
 
