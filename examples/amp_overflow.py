@@ -41,7 +41,7 @@ def train(model):
     return skipped
 
 
-def test_loss(model):
+def evaluation_loss(model):
     x, y = next(batches(1))
     with torch.no_grad():
         return (model.eval()(x) - y).square().mean().item()
@@ -49,14 +49,16 @@ def test_loss(model):
 
 def main():
     alone = network()
-    print(f"torch alone: {train(alone)} step skipped, loss in evaluation {test_loss(alone):.3f}")
+    print(
+        f"torch alone: {train(alone)} step skipped, loss in evaluation {evaluation_loss(alone):.3f}"
+    )
     print(repair(alone, dry_run=True))
     print()
 
     guarded = network()
     with guard(guarded) as guarding:
         print(f"guarded: {train(guarded)} step skipped,", end=" ")
-    print(f"loss in evaluation {test_loss(guarded):.3f}")
+    print(f"loss in evaluation {evaluation_loss(guarded):.3f}")
     print(guarding)
     print(repair(guarded))
 

@@ -143,9 +143,16 @@ def test_a_green_test_lets_the_readmes_and_the_chart_be_written(monkeypatch, tmp
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_functional.py").write_text("def test_green(): pass\n")
     monkeypatch.setattr(sys, "argv", ["readme_table.py"])
-    monkeypatch.setattr(readme, "measured", lambda *_: good())
+
+    def measured(*_):
+        with (tmp_path / "README.md").open("a") as file:
+            file.write("Written while it was measured.\n")
+        return good()
+
+    monkeypatch.setattr(readme, "measured", measured)
     assert readme.main() == 0
     assert "forward and backward" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text().endswith("Written while it was measured.\n")
     assert "前向加反向" in (tmp_path / "README.zh.md").read_text()
     assert (tmp_path / "docs/bench.svg").read_text().startswith("<svg")
 

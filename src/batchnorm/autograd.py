@@ -20,7 +20,7 @@ from batchnorm.kernels.contract import Gate, Running, statistics_dtype
 from batchnorm.kernels.geometry import is_channels_last
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def forward(

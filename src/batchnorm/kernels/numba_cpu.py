@@ -16,6 +16,7 @@ from torch import Tensor
 from batchnorm.kernels import parallel
 from batchnorm.kernels.compiled import library
 from batchnorm.kernels.compiled.library import Options
+from batchnorm.kernels.compiled.task import Addresses
 from batchnorm.kernels.contract import Gate, Gradients, Running
 from batchnorm.kernels.geometry import geometry_of, is_channels_last, mask_size
 from batchnorm.moments import Moments
@@ -66,7 +67,7 @@ def moments(x: Tensor) -> Moments:
     x = _laid_out(x)
     mean, var = _new_statistics(x)
     plan = library.plan("forward", ("collect", "merge"), x, Options())
-    plan.run(_of_forward(x, mean, var), 0.0)
+    plan.run(Addresses(x=x.data_ptr(), mean=mean.data_ptr(), var=var.data_ptr()), 0.0)
     return Moments(x.numel() // x.shape[1], mean, var)
 
 
@@ -187,9 +188,19 @@ def _normalize(
     single = mean.dtype == torch.float32 == var.dtype
     kind = torch.float32 if single else torch.float64
     mean, var = _as(kind, mean), _as(kind, var)
+    addresses = Addresses(
+        x=x.data_ptr(),
+        residual=_address(residual),
+        y=y.data_ptr(),
+        mask=_address(mask),
+        weight=_address(weight),
+        bias=_address(bias),
+        mean=mean.data_ptr(),
+        var=var.data_ptr(),
+    )
     options = _FORWARD[relu, single]
     plan = library.plan("forward", steps, x, options, optional=residual is not None)
-    plan.run(_of_forward(x, mean, var, y, residual, mask, weight, bias), eps, running)
+    plan.run(addresses, eps, running)
     return y, mask
 
 
@@ -235,52 +246,22 @@ def _backward(
     mean, var = _as(torch.float64, mean), _as(torch.float64, var)
     grad_x = torch.empty_like(x)
     behind_relu = None if mask is None else torch.empty_like(x)
-    addresses = (
-        x.data_ptr(),
-        0,
-        0,
-        _address(mask),
-        grad_output.data_ptr(),
-        grad_x.data_ptr(),
-        _address(behind_relu),
-        _address(weight),
-        _address(bias),
-        mean.data_ptr(),
-        var.data_ptr(),
-        sums[0].data_ptr(),
-        sums[1].data_ptr(),
+    addresses = Addresses(
+        x=x.data_ptr(),
+        mask=_address(mask),
+        grad=grad_output.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        behind_relu=_address(behind_relu),
+        weight=_address(weight),
+        bias=_address(bias),
+        mean=mean.data_ptr(),
+        var=var.data_ptr(),
+        sum_grad=sums[0].data_ptr(),
+        sum_grad_x_hat=sums[1].data_ptr(),
     )
     plan = library.plan("backward", steps, x, options, optional=mask is not None)
     plan.run(addresses, eps)
     return grad_x, behind_relu
-
-
-def _of_forward(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    y: Tensor | None = None,
-    residual: Tensor | None = None,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[int, ...]:
-    """Addresses in the order of `task.ADDRESSES`, for a forward pass."""
-    return (
-        x.data_ptr(),
-        _address(residual),
-        _address(y),
-        _address(mask),
-        0,
-        0,
-        0,
-        _address(weight),
-        _address(bias),
-        mean.data_ptr(),
-        var.data_ptr(),
-        0,
-        0,
-    )
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -20,7 +20,7 @@ from batchnorm.kernels import parallel
 from batchnorm.kernels.compiled import backwards, forwards, planes, storage
 from batchnorm.kernels.compiled.elements import array_at, no_array
 from batchnorm.kernels.compiled.statistics import SUMS
-from batchnorm.kernels.compiled.task import CALL, CONSTANTS, RECORD, SIZE, STEPS, Task
+from batchnorm.kernels.compiled.task import CALL, CONSTANTS, RECORD, SIZE, STEPS, Addresses, Task
 from batchnorm.kernels.contract import Running
 from batchnorm.kernels.geometry import Geometry, geometry_of_shape, is_channels_last
 
@@ -82,12 +82,11 @@ class Plan(NamedTuple):
     team: int
     stages: int
 
-    def run(self, addresses: tuple[int, ...], eps: float, running: Running | None = None) -> None:
+    def run(self, addresses: Addresses, eps: float, running: Running | None = None) -> None:
         """Does the steps.
 
         Args:
-            addresses: The first of `task.ADDRESSES`, up to the scratch memory; 0 where there is no
-                tensor.
+            addresses: Of the tensors, which must live until this returns.
             eps: Added to the variance.
             running: Moved together with the merging.
         """
@@ -122,7 +121,8 @@ def _to_be_moved(running: Running, eps: float) -> tuple[Any, ...]:
 
 
 def _say_moved(running: Running, block: _Block) -> None:
-    running.moved, running.overflown = True, _OVERFLOWN.unpack_from(block.memory, 8)[0] != 0
+    (overflown,) = _OVERFLOWN.unpack_from(block.memory, Task.overflown.offset)
+    running.moved, running.overflown = True, overflown != 0
     buffers = (running.mean, running.var)
     torch.autograd.graph.increment_version(
         buffers if running.counter is None else (*buffers, running.counter)

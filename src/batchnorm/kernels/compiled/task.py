@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numba import from_dtype, njit
 from numba.extending import intrinsic, overload
 
+
+class Addresses(NamedTuple):
+    """Where tensors begin; zero where there is no such tensor."""
+
+    x: int
+    residual: int = 0
+    y: int = 0
+    mask: int = 0
+    grad: int = 0
+    grad_x: int = 0
+    behind_relu: int = 0
+    weight: int = 0
+    bias: int = 0
+    mean: int = 0
+    var: int = 0
+    sum_grad: int = 0
+    sum_grad_x_hat: int = 0
+
+
 ADDRESSES = (
-    "x",
-    "residual",
-    "y",
-    "mask",
-    "grad",
-    "grad_x",
-    "behind_relu",
-    "weight",
-    "bias",
-    "mean",
-    "var",
-    "sum_grad",
-    "sum_grad_x_hat",
+    *Addresses._fields,
     "scratch",
     # Running statistics to be moved.
     "running_mean",
