@@ -51,7 +51,7 @@ WORDS: dict[str, dict[str, str]] = {
 
 def table(results: Mapping[str, Any], words: Mapping[str, str]) -> str:
     """The table of one README, in Markdown."""
-    from batchnorm.report.bench_titles import LAYOUTS, NETS, VARIANTS, milliseconds, ratio, shape
+    from batchnorm.bench.titles import LAYOUTS, NETS, VARIANTS, milliseconds, ratio, shape
 
     lines = [words["header"], "| --- | --: | --: | --: | --: |"]
     for mean in results["geometric_means"]:
@@ -117,8 +117,8 @@ def main() -> int:
         print("the tests are red; no times are written before they are green.", file=sys.stderr)
         return 1
 
+    from batchnorm.bench import chart as bench_chart
     from batchnorm.bench.truth import Disagreement
-    from batchnorm.report import bench_chart
 
     try:
         results = measured(arguments.seconds, arguments.threads)

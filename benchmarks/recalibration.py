@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from batchnorm.allocation import keep_freed_memory
-from batchnorm.bench.nets import ResNet
-from batchnorm.bench.norms import NormThen
+from batchnorm.nets.norms import NormThen
+from batchnorm.nets.resnet import ResNet
 from batchnorm.tools.recalibration import recalibrate
 
 DEPTH, IMAGES, SIZE, BATCH, ROUNDS = 50, 404, 112, 16, 5

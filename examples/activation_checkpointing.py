@@ -1,15 +1,15 @@
 """Activation checkpointing trades time for memory, and should not change the statistics.
 
 torch's checkpoint calls each block again in the backward pass, and batch norm counts that as a
-second batch. `checkpoint` is a drop-in that does not; `updates_once` mends code that calls
-torch's checkpoint itself, here a model from elsewhere.
+second batch. `checkpoint` is a drop-in that does not; `count_recomputation_once` mends code that
+calls torch's checkpoint itself, here a model from elsewhere.
 """
 
 import torch
 from torch import nn
 from torch.utils import checkpoint as torchs
 
-from batchnorm import checkpoint, updates_once
+from batchnorm import checkpoint, count_recomputation_once
 
 
 def block():
@@ -68,9 +68,9 @@ def main():
         report(name, model, expected)
 
     model = Network(with_torchs)
-    with updates_once(model):
+    with count_recomputation_once(model):
         train(model)
-    report("torch's within updates_once", model, expected)
+    report("torch's within count_recomputation_once", model, expected)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ NaN from then on, and the model is useless as soon as it is evaluated. With `gua
 import torch
 from torch import nn
 
-from batchnorm import guard, repair
+from batchnorm import guard, reset_poisoned_statistics
 
 
 def network():
@@ -52,7 +52,7 @@ def main():
     print(
         f"torch alone: {train(alone)} step skipped, loss in evaluation {evaluation_loss(alone):.3f}"
     )
-    print(repair(alone, dry_run=True))
+    print(reset_poisoned_statistics(alone, dry_run=True))
     print()
 
     guarded = network()
@@ -60,7 +60,7 @@ def main():
         print(f"guarded: {train(guarded)} step skipped,", end=" ")
     print(f"loss in evaluation {evaluation_loss(guarded):.3f}")
     print(guarding)
-    print(repair(guarded))
+    print(reset_poisoned_statistics(guarded))
 
 
 if __name__ == "__main__":

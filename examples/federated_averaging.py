@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm import merge_statistics
+from batchnorm import merge_state_dicts
 
 CLASSES, FEATURES = 3, 6
 
@@ -40,7 +40,7 @@ def main() -> None:
     for _ in range(3):
         sent = copy.deepcopy(server.state_dict())
         trained = [train(copy.deepcopy(server), data).state_dict() for data in clients]
-        merged = merge_statistics(trained, counts, base=sent)
+        merged = merge_state_dicts(trained, counts, base=sent)
         server.load_state_dict(merged)
 
     shares = [count / sum(counts) for count in counts]
@@ -48,7 +48,7 @@ def main() -> None:
     everything = torch.cat([images for images, _ in clients])
     print(f"variance of all data:    {everything.var(0)[0]:.1f}")
     print(f"mean of variances:       {sum(variances)[0]:.1f}")
-    print(f"merge_statistics:        {merged['0.running_var'][0]:.1f}")
+    print(f"merge_state_dicts:        {merged['0.running_var'][0]:.1f}")
     print(f"sum of the counters:     {sum(int(s['0.num_batches_tracked']) for s in trained)}")
     print(f"3 x 4 x 60 batches:      {merged['0.num_batches_tracked']}")
 

@@ -3,10 +3,10 @@
 import torch
 from torch.nn import functional as F
 
-from batchnorm.functional import batch_norm
+from batchnorm.nn.functional import batch_norm
 
 
-def ours(arguments, case, training, kernels=None):
+def ours(arguments, case, training, backend=None):
     return batch_norm(
         arguments.x,
         arguments.running_mean,
@@ -16,7 +16,7 @@ def ours(arguments, case, training, kernels=None):
         training,
         residual=arguments.residual,
         activation="relu" if case.relu else None,
-        kernels=kernels,
+        backend=backend,
     )
 
 

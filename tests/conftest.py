@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(scope="session")
 def fashion_mnist():
     """The real Fashion-MNIST of Debian's package; skipped without it, except in CI."""
-    from batchnorm.experiments import data
+    from batchnorm.experiment import data
 
     if not data.DEBIAN_FOLDER.is_dir():
         if os.environ.get("CI") == "true":

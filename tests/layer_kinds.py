@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import batchnorm
-import surgery_nets as nets
-from batchnorm.tools.surgery import accelerate
+import model_nets as nets
+from batchnorm.tools.acceleration import accelerate
 
 
 class Own(nn.BatchNorm1d):

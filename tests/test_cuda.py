@@ -14,13 +14,13 @@ from torch.testing import assert_close
 from torch.utils import checkpoint as torchs
 
 import batchnorm
-import surgery_nets as nets
+import model_nets as nets
 from calls import ours, results
 from cases import CASES, arguments_of
 from layer_kinds import everything, layers_of, statistics
+from model_cases import EXACT, relus_and_additions
 from recalibration_cases import layer_by_layer, net, normal
 from scales import assert_close_for, scales
-from surgery_cases import EXACT, relus_and_additions
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -75,7 +75,7 @@ def test_as_on_the_cpu_in_float64_up_to_rounding(case, training):
 
 
 def test_who_computes():
-    assert batchnorm.explain(images()) == (
+    assert batchnorm.which_backend(images()) == (
         "The reference computes this input, in eager torch and float64. The Numba kernels cannot: "
         "it is on cuda:0, and these kernels are for the CPU."
     )
@@ -249,8 +249,10 @@ def test_poisoned_statistics_are_repaired():
     clean = copy.deepcopy(model)
     model[4].running_var[2] = torch.inf
     shared = model.state_dict()
-    assert [found.layer for found in batchnorm.repair(shared, dry_run=True).layers] == ["4"]
-    (found,) = batchnorm.repair(shared).layers
+    assert [
+        found.layer for found in batchnorm.reset_poisoned_statistics(shared, dry_run=True).layers
+    ] == ["4"]
+    (found,) = batchnorm.reset_poisoned_statistics(shared).layers
     assert (found.channels, found.means, found.vars) == (5, 0, 1)
     clean[4].running_mean[2], clean[4].running_var[2] = 0.0, 1.0
     assert_close(state(model), state(clean), **EXACT)
@@ -258,7 +260,7 @@ def test_poisoned_statistics_are_repaired():
 
 @kinds
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("own", [True, False], ids=["checkpoint", "updates_once"])
+@pytest.mark.parametrize("own", [True, False], ids=["checkpoint", "count_recomputation_once"])
 def test_recomputed_forwards_count_once(kind, use_reentrant, own):
     model, plain = (net(kind).to(DEVICE, torch.float64) for _ in range(2))
     x = images().double().requires_grad_()
@@ -267,7 +269,7 @@ def test_recomputed_forwards_count_once(kind, use_reentrant, own):
         y = batchnorm.checkpoint(model, x, use_reentrant=use_reentrant)
         y.square().sum().backward()
     else:
-        with batchnorm.updates_once(model):
+        with batchnorm.count_recomputation_once(model):
             y = torchs.checkpoint(model, x, use_reentrant=use_reentrant)
             y.square().sum().backward()
     plain(x).square().sum().backward()
@@ -279,26 +281,6 @@ def test_recomputed_forwards_count_once(kind, use_reentrant, own):
 
 def mean_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x).square().tanh().mean()
-
-
-@kinds
-def test_parts_accumulate_to_the_large_batch(kind):
-    model, large = (net(kind).to(DEVICE, torch.float64) for _ in range(2))
-    x = torch.cat([images(7), images(5, seed=1, mean=3.0)]).double()
-    done = batchnorm.accumulate(model, x.split([1, 7, 4]), mean_loss)
-    mean_loss(large, x).backward()
-    assert done.loss == pytest.approx(mean_loss(copy.deepcopy(large), x).item())
-    assert_close(grads(model), grads(large), **FINE)
-    assert_close(state(model), state(large), **FINE)
-
-
-def test_accumulated_dropout_and_autocast():
-    model = nn.Sequential(net(batchnorm.BatchNorm2d), nn.Dropout(0.3), nn.BatchNorm2d(5)).to(DEVICE)
-    before = torch.cuda.get_rng_state(DEVICE)
-    with torch.autocast("cuda", torch.float16):
-        batchnorm.accumulate(model, images(12).split(5), mean_loss)
-    assert torch.equal(torch.cuda.get_rng_state(DEVICE), before)
-    assert all(grad.isfinite().all() for grad in grads(model))
 
 
 @kinds
@@ -342,10 +324,10 @@ def test_a_target_follows_without_waiting(statistics):
 def test_merged_checkpoints_may_lie_on_several_devices():
     models = [net(), net()]
     models[1][1].running_mean.fill_(-3)
-    expected = batchnorm.merge_statistics([state(model) for model in models], [5, 15])
+    expected = batchnorm.merge_state_dicts([state(model) for model in models], [5, 15])
     for first, second in ((DEVICE, DEVICE), (DEVICE, "cpu"), ("cpu", DEVICE)):
         moved = [models[0].to(first), models[1].to(second)]
-        merged = batchnorm.merge_statistics([state(model) for model in moved], [5, 15])
+        merged = batchnorm.merge_state_dicts([state(model) for model in moved], [5, 15])
         assert {tensor.device for tensor in merged.values()} == {models[0][0].weight.device}
         assert_close(merged, expected, check_device=False)
 

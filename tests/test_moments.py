@@ -1,24 +1,21 @@
 """Moments: merging, the two variances, the two momenta, running statistics."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchnorm import scratch
-from batchnorm.functional import moments as moments_of
 from batchnorm.moments import (
     Moments,
     empty,
-    merge,
-    momentum_of_decay,
+    merge_moments,
     moved_running,
     unbiased_var,
     update_running,
     weight_of_new_batch,
 )
+from batchnorm.nn.functional import moments as moments_of
 
 settings.register_profile("core", deadline=None, max_examples=60, derandomize=True)
 CORE = settings.get_profile("core")
@@ -59,7 +56,7 @@ def splits(draw):
 @given(splits())
 def test_any_split_merges_to_the_moments_of_the_whole(split):
     x, parts, scale = split
-    assert_same(merge(*parts), exact(x), scale, rtol=1e-7)
+    assert_same(merge_moments(*parts), exact(x), scale, rtol=1e-7)
 
 
 @RANDOMLY_CHECKED
@@ -69,7 +66,7 @@ def test_the_order_of_the_parts_does_not_matter(split, chance):
     _, parts, scale = split
     shuffled = parts.copy()
     chance.shuffle(shuffled)
-    assert_same(merge(*shuffled), merge(*parts), scale, rtol=1e-7)
+    assert_same(merge_moments(*shuffled), merge_moments(*parts), scale, rtol=1e-7)
 
 
 @RANDOMLY_CHECKED
@@ -78,8 +75,8 @@ def test_the_order_of_the_parts_does_not_matter(split, chance):
 def test_merging_is_associative(split, cut):
     _, parts, scale = split
     cut %= len(parts)
-    left, right = [merge(empty(3), *half) for half in (parts[:cut], parts[cut:])]
-    assert_same(merge(left, right), merge(*parts), scale, rtol=1e-7)
+    left, right = [merge_moments(empty(3), *half) for half in (parts[:cut], parts[cut:])]
+    assert_same(merge_moments(left, right), merge_moments(*parts), scale, rtol=1e-7)
 
 
 def test_counts_may_differ_from_channel_to_channel():
@@ -88,7 +85,7 @@ def test_counts_may_differ_from_channel_to_channel():
     first = Moments(torch.tensor([5, 5, 0]), first.mean, first.var)
     second = exact(y)
     second = Moments(torch.tensor([7, 0, 0]), second.mean, second.var)
-    merged = merge(first, second)
+    merged = merge_moments(first, second)
     assert merged.count.tolist() == [12, 5, 0]
     whole = exact(torch.cat([x, y]))
     torch.testing.assert_close(merged.mean[0], whole.mean[0])
@@ -101,14 +98,18 @@ def test_counts_may_differ_from_channel_to_channel():
 @pytest.mark.parametrize("count", [5, torch.tensor([5, 2, 9])], ids=["int", "tensor"])
 def test_nothing_is_neutral_to_the_last_bit(count):
     some = Moments(count, data(3)[0], data(3)[1].abs())
-    for merged in (merge(empty(3), some), merge(some, empty(3)), merge(empty(3), some, empty(3))):
+    for merged in (
+        merge_moments(empty(3), some),
+        merge_moments(some, empty(3)),
+        merge_moments(empty(3), some, empty(3)),
+    ):
         assert torch.equal(merged.mean, some.mean)
         assert torch.equal(merged.var, some.var)
         assert torch.equal(torch.as_tensor(merged.count), torch.as_tensor(count))
 
 
 def test_nothing_and_nothing_is_nothing():
-    merged = merge(empty(2), empty(2))
+    merged = merge_moments(empty(2), empty(2))
     assert merged.count == 0
     assert merged.mean.tolist() == merged.var.tolist() == [0, 0]
     assert merged.mean.dtype == torch.float64
@@ -116,13 +117,13 @@ def test_nothing_and_nothing_is_nothing():
 
 def test_a_large_mean_costs_no_accuracy():
     x = data(4000, mean=1e8, std=1.0)
-    merged = merge(*(moments_of(part) for part in x.split(37)))
+    merged = merge_moments(*(moments_of(part) for part in x.split(37)))
     torch.testing.assert_close(merged.var, exact(x - 1e8).var, rtol=1e-7, atol=0)
 
 
 def test_merged_moments_are_float64_and_the_parts_stay():
     part = Moments(4, torch.tensor([1.0]), torch.tensor([2.0]))
-    merged = merge(part, part)
+    merged = merge_moments(part, part)
     assert merged.mean.dtype == merged.var.dtype == torch.float64
     assert part.mean.dtype == torch.float32
     assert (merged.count, merged.mean.item(), merged.var.item()) == (8, 1.0, 2.0)
@@ -154,17 +155,6 @@ def test_unbiased_var_needs_two_values(count):
     got = unbiased_var(Moments(count, torch.zeros(2), torch.zeros(2)))
     assert got.shape == (2,)
     assert got.isnan().all()
-
-
-def test_momentum_of_decay():
-    assert momentum_of_decay(0.9) == pytest.approx(0.1)
-    assert (momentum_of_decay(0.0), momentum_of_decay(1.0)) == (1, 0)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.5, math.nan])
-def test_a_decay_outside_of_0_and_1(decay):
-    with pytest.raises(ValueError, match=rf"^decay must be between 0 and 1, got {decay}\.$"):
-        momentum_of_decay(decay)
 
 
 def test_weight_of_new_batch():
@@ -212,7 +202,7 @@ def test_a_decay_of_the_book_gives_the_book_its_mean():
         x, ones, 0 * ones, start, start, eps=1e-5, momentum=0.9, training=True
     )
     mean, var = start[0].clone(), start[0].clone()
-    update_running(mean, var, exact(x), momentum_of_decay(0.9))
+    update_running(mean, var, exact(x), 0.1)
     torch.testing.assert_close(mean, book_mean[0])
     biased = exact(x).var
     torch.testing.assert_close(var - book_var[0], 0.1 * (biased * 6 / 5 - biased))

@@ -6,8 +6,7 @@ Every convention of the library about statistics stands in this file:
   normalizes a batch. The *unbiased* one, divided by ``count - 1``, exists only in ``running_var``,
   because torch keeps it there.
 - ``momentum`` is the weight of the *new* batch, as in torch. The d2l book (Chinese edition), Keras
-  and Flax call the weight of the *old* value so: that one is called ``decay`` here, and
-  ``momentum = 1 - decay``.
+  and Flax give that name to the weight of the *old* value: ``momentum = 1 - theirs``.
 - ``momentum=None`` is the cumulative average: the k-th batch gets the weight ``1 / k``.
 """
 
@@ -44,7 +43,7 @@ def empty(num_features: int, device: torch.device | str | None = None) -> Moment
     return Moments(0, zeros, zeros.clone())
 
 
-def merge(first: Moments, *others: Moments) -> Moments:
+def merge_moments(first: Moments, *others: Moments) -> Moments:
     r"""Moments of the union of disjoint parts: exact for uneven and for empty parts.
 
     With :math:`\delta = \mu_b - \mu_a` and :math:`s = n_b / (n_a + n_b)`,
@@ -78,19 +77,6 @@ def unbiased_var(moments: Moments) -> Float[Tensor, "*c"]:
     if moments.count < 2:
         return torch.full_like(moments.var, torch.nan)
     return moments.var * (moments.count / (moments.count - 1))
-
-
-def momentum_of_decay(decay: float) -> float:
-    """The weight of the new batch, for those who know the weight of the old value.
-
-    d2l-zh's ``momentum=0.9``, Keras' ``momentum=0.99`` and Flax' ``momentum=0.99`` are decays.
-
-    Raises:
-        ValueError: ``decay`` is not between 0 and 1.
-    """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be between 0 and 1, got {decay}.")
-    return 1 - decay
 
 
 def weight_of_new_batch(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from batchnorm import __version__
 from batchnorm.bench import machine, summary, truth
 from batchnorm.bench.cases import Case, Net, Pass, Plan, least_bytes
 from batchnorm.bench.clock import Effort, interleaved
@@ -25,6 +24,7 @@ from batchnorm.bench.rivals import (
     rivals_of,
 )
 from batchnorm.bench.steps import SETTINGS, steps_of
+from batchnorm.version import __version__
 
 STEP_EFFORT = 5
 """A training step gets so many times a row's seconds: the differences between steps are small."""

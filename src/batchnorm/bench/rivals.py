@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.bench import norms
 from batchnorm.bench.cases import Case, Pass
 from batchnorm.bench.clock import Timed
 from batchnorm.bench.truth import Answers, Operands
+from batchnorm.nets import norms
 
 OURS, TORCH, COMPILED, ONEDNN, COPY = "batchnorm", "torch", "compile", "onednn", "copy"
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm.bench import norms
 from batchnorm.bench.cases import Net
 from batchnorm.bench.clock import Timed
-from batchnorm.bench.nets import ResNet
 from batchnorm.bench.rivals import OURS, TORCH
 from batchnorm.bench.truth import Disagreement
-from batchnorm.experiments.models import lenet
+from batchnorm.nets import norms
+from batchnorm.nets.lenet import lenet
+from batchnorm.nets.resnet import ResNet
 
 NONE = "none"
 # How far from float64 gradients may be, as a share of their norm, and how many times torch's error.

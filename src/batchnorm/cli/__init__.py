@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from batchnorm import __version__
 from batchnorm.cli import experiment, measurement, recalibration, walkthrough
 from batchnorm.cli.options import INTERRUPTED
+from batchnorm.version import __version__
 
 app = typer.Typer(
     name="batchnorm",

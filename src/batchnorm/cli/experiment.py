@@ -22,8 +22,8 @@ from batchnorm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from batchnorm.experiments.run_directory import RunDirectory
-    from batchnorm.experiments.training import Comparison, Settings
+    from batchnorm.experiment.run_directory import RunDirectory
+    from batchnorm.experiment.training import Comparison, Settings
 
 
 def train(
@@ -61,7 +61,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train LeNet on Fashion-MNIST with and without batch norm, and write a report."""
-    from batchnorm.experiments.run_directory import RunDirectory
+    from batchnorm.experiment.run_directory import RunDirectory
 
     if resume is not None:
         _refuse_options_with_resume(context)
@@ -91,8 +91,8 @@ def report(
     lang: Lang = Language.en,
 ) -> None:
     """Write the page of a finished or interrupted run again, in either language."""
-    from batchnorm.experiments.run_directory import RunDirectory
-    from batchnorm.report import page
+    from batchnorm.experiment.report import page
+    from batchnorm.experiment.run_directory import RunDirectory
 
     with one_sentence():
         page.write(RunDirectory(directory).results(), directory / "report.html", lang.value)
@@ -112,8 +112,8 @@ def _settings(
 ) -> Settings:
     import torch
 
-    from batchnorm.experiments.models import NORMS, Norm
-    from batchnorm.experiments.training import Settings
+    from batchnorm.experiment.training import Settings
+    from batchnorm.nets.lenet import NORMS, Norm
 
     wanted = [name.strip() for name in norm.split(",")]
     norms: tuple[Norm, ...] = tuple(known for name in wanted for known in NORMS if known == name)
@@ -146,7 +146,7 @@ def _settings(
 
 
 def _stored_settings(directory: RunDirectory) -> tuple[Settings, str]:
-    from batchnorm.experiments.training import Settings
+    from batchnorm.experiment.training import Settings
 
     with one_sentence():
         config = directory.config()
@@ -156,8 +156,8 @@ def _stored_settings(directory: RunDirectory) -> tuple[Settings, str]:
 def _comparison(
     settings: Settings, folder: Path | None, expected: str | None, directory: RunDirectory
 ) -> Comparison:
-    from batchnorm.experiments import data
-    from batchnorm.experiments.training import Comparison
+    from batchnorm.experiment import data
+    from batchnorm.experiment.training import Comparison
 
     with one_sentence():
         found = data.load(folder, announce=say, progress=data.TerminalBar)
@@ -173,7 +173,7 @@ def _train(comparison: Comparison) -> bool:
     """Trains with progress on stderr; False if the user stopped it."""
     from rich.console import Console
 
-    from batchnorm.report.progress import TrainingProgress
+    from batchnorm.experiment.progress import TrainingProgress
 
     keep_freed_memory()
     described, settings = comparison.description, comparison.settings
@@ -195,7 +195,7 @@ def _train(comparison: Comparison) -> bool:
 def _report(comparison: Comparison, lang: Language, as_json: bool) -> None:
     from rich.console import Console
 
-    from batchnorm.report import page, terminal
+    from batchnorm.experiment.report import page, terminal
 
     results, directory = comparison.results(), comparison.directory
     path = directory.path / "report.html"

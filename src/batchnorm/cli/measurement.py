@@ -169,8 +169,8 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:
+    from batchnorm.bench import chart as bench_chart
     from batchnorm.files import write_text
-    from batchnorm.report import bench_chart
 
     with one_sentence():
         write_text(path, bench_chart.chart(results))
@@ -184,6 +184,6 @@ def _show(results: dict[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
 
     from batchnorm.bench import machine
-    from batchnorm.report import bench_table
+    from batchnorm.bench import table as bench_table
 
     Console().print(bench_table.tables(results, machine.warning(results["machine"])))

@@ -43,7 +43,7 @@ def one_sentence() -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """Prints one JSON document on standard output."""
-    from batchnorm.experiments.run_directory import as_json
+    from batchnorm.files import as_json
 
     print(as_json(value))
 

@@ -122,7 +122,7 @@ def _network(spec: str) -> nn.Module:
 
     from batchnorm.cli import user_code
     from batchnorm.tools.freezing import freeze
-    from batchnorm.tools.surgery import is_held, keeps_statistics
+    from batchnorm.tools.patching import is_held, keeps_statistics
 
     def is_frozen(_: str, layer: _BatchNorm) -> bool:
         return not layer.training and keeps_statistics(layer) and not is_held(layer)
@@ -264,7 +264,7 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 def _passes(network: nn.Module, layers: list[str] | None) -> int:
     """How many `recalibrate` makes at most with sequential=True."""
-    from batchnorm.tools.surgery import batch_norms, is_held, keeps_statistics
+    from batchnorm.tools.patching import batch_norms, is_held, keeps_statistics
 
     with one_sentence():
         chosen = batch_norms(network, layers, caller="recalibrate").values()

@@ -7,7 +7,7 @@ A backend is a module. It has these functions, or pyright says which one differs
 - ``mean``, ``var`` (biased, without ``eps``) and the sums have the dtype `statistics_dtype`; only
   `normalize` also takes running statistics as they are;
 - ``gate`` is given to the backward stages when a ReLU was fused;
-- nothing is validated: `batchnorm.functional` did that, once.
+- nothing is validated: `batchnorm.nn.functional` did that, once.
 """
 
 from __future__ import annotations

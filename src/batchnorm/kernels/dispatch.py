@@ -38,12 +38,12 @@ def choose(x: Tensor, name: str | None = None) -> Stages:
         if numba_cpu is None or numba_cpu.refusal(x) is not None:
             return reference
         return numba_cpu
-    kernels, reason = _by_name(name)
-    if kernels is not None:
-        reason = kernels.refusal(x)
+    backend, reason = _by_name(name)
+    if backend is not None:
+        reason = backend.refusal(x)
         if reason is None:
-            return kernels
-    raise RuntimeError(f"kernels={name!r} cannot take this input: {reason}.")
+            return backend
+    raise RuntimeError(f"backend={name!r} cannot take this input: {reason}.")
 
 
 def refuse(name: str | None, reason: str) -> None:
@@ -55,27 +55,27 @@ def refuse(name: str | None, reason: str) -> None:
     """
     if name is not None and _by_name(name)[0] is not reference:
         raise RuntimeError(
-            f"kernels={name!r} cannot take this input: {reason}, and that needs the reference; "
-            "leave kernels out."
+            f"backend={name!r} cannot take this input: {reason}, and that needs the reference; "
+            "leave backend out."
         )
 
 
-def explain(x: Tensor, kernels: str | None = None) -> str:
+def which_backend(x: Tensor, backend: str | None = None) -> str:
     """Who computes ``x`` and in what way, or why the fast kernels cannot; one or two sentences.
 
     Args:
         x: The input, (N, C, ...).
-        kernels: A name in `NAMES`; None chooses.
+        backend: A name in `NAMES`; None chooses.
 
     Raises:
         ValueError: There are no kernels of that name.
         RuntimeError: They cannot take ``x``; the message says why.
     """
-    chosen = choose(x, kernels)
+    chosen = choose(x, backend)
     if numba_cpu is not None and chosen is numba_cpu:
         return numba_cpu.explain(x)
     text = "The reference computes this input, in eager torch and float64."
-    if kernels is not None:
+    if backend is not None:
         return text
     reason = _missing if numba_cpu is None else numba_cpu.refusal(x)
     return f"{text} The Numba kernels cannot: {reason}."
@@ -87,4 +87,4 @@ def _by_name(name: str) -> tuple[Stages | None, str | None]:
         return numba_cpu, _missing
     if name == "reference":
         return reference, None
-    raise ValueError(f"kernels must be None or one of {', '.join(NAMES)}, got {name!r}.")
+    raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {name!r}.")

@@ -14,10 +14,10 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-from batchnorm.tools.surgery.changes import on_copies
-from batchnorm.tools.surgery.interception import Handle, Interceptor
-from batchnorm.tools.surgery.recomputation import is_recomputing, quiet
-from batchnorm.tools.surgery.selection import Choice, batch_norms
+from batchnorm.tools.patching.changes import on_copies
+from batchnorm.tools.patching.interception import Handle, Interceptor
+from batchnorm.tools.patching.recomputation import is_recomputing, quiet
+from batchnorm.tools.patching.selection import Choice, batch_norms
 
 
 def checkpoint(
@@ -53,7 +53,7 @@ def checkpoint(
     )
 
 
-def updates_once(model: nn.Module, layers: Choice = None) -> Handle:
+def count_recomputation_once(model: nn.Module, layers: Choice = None) -> Handle:
     """For code that calls torch's checkpoint itself: batch norm layers update once all the same.
 
     Works for both kinds of checkpoints, wherever they are called, until the handle is removed; a
@@ -73,7 +73,7 @@ def updates_once(model: nn.Module, layers: Choice = None) -> Handle:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
     """
-    chosen = batch_norms(model, layers, caller="updates_once")
+    chosen = batch_norms(model, layers, caller="count_recomputation_once")
     return Handle(_UpdatesOnce(layer) for layer in chosen.values())
 
 

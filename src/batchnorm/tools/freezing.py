@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.surgery.selection import Choice, batch_norms, is_held, keeps_statistics
+from batchnorm.tools.patching.selection import Choice, batch_norms, is_held, keeps_statistics
 
 
 @dataclass(frozen=True)

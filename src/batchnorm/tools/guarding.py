@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.surgery.interception import Handle, Interceptor
-from batchnorm.tools.surgery.recomputation import runs_again
-from batchnorm.tools.surgery.selection import Choice, batch_norms, keeps_statistics
+from batchnorm.tools.patching.interception import Handle, Interceptor
+from batchnorm.tools.patching.recomputation import runs_again
+from batchnorm.tools.patching.selection import Choice, batch_norms, keeps_statistics
 
 _STATISTICS = ("running_mean", "running_var")
 _INITIAL = {"running_mean": 0.0, "running_var": 1.0}
@@ -70,7 +70,7 @@ class Poisoned:
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair` found; ``str()`` of it is a table.
+    """What `reset_poisoned_statistics` found; ``str()`` of it is a table.
 
     Attributes:
         layers: The poisoned layers.
@@ -152,13 +152,15 @@ def guard(model: nn.Module, layers: Choice = None) -> Guard:
         if found is not None:
             raise ValueError(
                 f"guard: layer {name!r} ({type(layer).__name__}) is poisoned already, in "
-                f"{found.poisoned} of {found.channels} channels; call repair(model) first and "
-                "recalibrate."
+                f"{found.poisoned} of {found.channels} channels; call "
+                "reset_poisoned_statistics(model) first and recalibrate."
             )
     return Guard(chosen)
 
 
-def repair(model_or_state_dict: nn.Module | Mapping[str, Any], *, dry_run: bool = False) -> Repair:
+def reset_poisoned_statistics(
+    model_or_state_dict: nn.Module | Mapping[str, Any], *, dry_run: bool = False
+) -> Repair:
     """Names running statistics that are inf, NaN or negative, and makes those channels usable.
 
     Such channels get their initial statistics again, mean 0 and variance 1, in place; healthy
@@ -234,11 +236,11 @@ class _Guarded(Interceptor):
 def _statistics(source: nn.Module | Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """``running_mean`` and ``running_var``, those that are there, by the name of the layer."""
     if isinstance(source, nn.Module):
-        layers = batch_norms(source, caller="repair")
+        layers = batch_norms(source, caller="reset_poisoned_statistics")
         return {n: _kept(layer) for n, layer in layers.items() if keeps_statistics(layer)}
     if not isinstance(source, Mapping):
         raise TypeError(
-            "repair: expects a torch.nn.Module or a state_dict, got "
+            "reset_poisoned_statistics: expects a torch.nn.Module or a state_dict, got "
             f"{type(source).__name__}; load a file by torch.load(path, weights_only=True)."
         )
     found: dict[str, dict[str, Tensor]] = {}
@@ -249,7 +251,8 @@ def _statistics(source: nn.Module | Mapping[str, Any]) -> dict[str, dict[str, Te
     inner = [repr(key) for key, value in source.items() if isinstance(value, Mapping)]
     if inner and not found:
         raise ValueError(
-            "repair: the mapping has no running statistics itself, but holds the mappings "
+            "reset_poisoned_statistics: the mapping has no running statistics itself, but holds "
+            "the mappings "
             f"{', '.join(inner)}; pass the state_dict among them."
         )
     return found

@@ -1,6 +1,6 @@
 """Averages of models: running statistics are moments, and a counter is no number to average."""
 
-from batchnorm.tools.averaging.checkpoints import merge_statistics
+from batchnorm.tools.averaging.checkpoints import merge_state_dicts
 from batchnorm.tools.averaging.moving import ema_update
 from batchnorm.tools.averaging.precision import keep_statistics_in_float32, let_statistics_follow
 
@@ -8,5 +8,5 @@ __all__ = [
     "ema_update",
     "keep_statistics_in_float32",
     "let_statistics_follow",
-    "merge_statistics",
+    "merge_state_dicts",
 ]

@@ -1,4 +1,4 @@
-"""``merge_statistics``: one checkpoint from several, for federated learning and model soups."""
+"""``merge_state_dicts``: one checkpoint from several, for federated learning and model soups."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from batchnorm.moments import Moments, merge, unbiased_var
+from batchnorm.moments import Moments, merge_moments, unbiased_var
 
 State = Mapping[str, Tensor]
 _MEAN, _VAR, _COUNTER = "running_mean", "running_var", "num_batches_tracked"
 
 
 @torch.no_grad()
-def merge_statistics(
+def merge_state_dicts(
     state_dicts: Sequence[State], counts: Sequence[float | int], *, base: State | None = None
 ) -> dict[str, Tensor]:
     """Merges checkpoints of one network: running statistics as moments, the rest as a mean.
@@ -46,7 +46,7 @@ def merge_statistics(
         TypeError: An entry is not a tensor.
 
     Source:
-        `batchnorm.moments.merge`; the mean of parameters is McMahan et al. (2017),
+        `batchnorm.moments.merge_moments`; the mean of parameters is McMahan et al. (2017),
         "Communication-efficient learning of deep networks from decentralized data".
     """
     _check_counts(state_dicts, counts)
@@ -77,7 +77,7 @@ def _together(state_dicts: Sequence[State], counts: Sequence[float | int], prefi
         mean, var = (state[_join(prefix, k)].to(device, torch.float64) for k in (_MEAN, _VAR))
         biased = var * ((count - 1) / count)
         parts.append(Moments(torch.tensor(count, dtype=torch.float64, device=device), mean, biased))
-    return merge(*parts)
+    return merge_moments(*parts)
 
 
 def _counted(name: str, tensors: Sequence[Tensor], base: State | None) -> Tensor:
@@ -86,21 +86,21 @@ def _counted(name: str, tensors: Sequence[Tensor], base: State | None) -> Tensor
     elif name in base:
         start = base[name].to(tensors[0].device)
     else:
-        raise ValueError(f"merge_statistics: {name} is missing in base.")
+        raise ValueError(f"merge_state_dicts: {name} is missing in base.")
     total, exact = start.clone(), start.double()
     for number, tensor in enumerate(tensors):
         new = tensor.to(start.device) - start
         if bool((new < 0).any()):
             raise ValueError(
-                f"merge_statistics: {name} is {tensor.tolist()} in checkpoint {number} and "
+                f"merge_state_dicts: {name} is {tensor.tolist()} in checkpoint {number} and "
                 f"{start.tolist()} in base, which must have come before it."
             )
         total += new
         exact += new.double()
     if not total.is_floating_point() and bool((exact >= torch.iinfo(total.dtype).max).any()):
         raise ValueError(
-            f"merge_statistics: {name} would be {exact.tolist():g}, more than {total.dtype} holds; "
-            "give base, the checkpoint from which all of them went on."
+            f"merge_state_dicts: {name} would be {exact.tolist():g}, more than {total.dtype} "
+            "holds; give base, the checkpoint from which all of them went on."
         )
     return total
 
@@ -118,7 +118,7 @@ def _agreed(name: str, tensors: Sequence[Tensor]) -> Tensor:
     for number, tensor in enumerate(tensors):
         if not torch.equal(tensor.to(tensors[0].device), tensors[0]):
             raise ValueError(
-                f"merge_statistics: {name} is {tensors[0].dtype} and cannot be averaged, but it "
+                f"merge_state_dicts: {name} is {tensors[0].dtype} and cannot be averaged, but it "
                 f"differs between checkpoint 0 and {number}; take it from one of them."
             )
     return tensors[0].clone()
@@ -130,16 +130,16 @@ def _join(prefix: str, kind: str) -> str:
 
 def _check_counts(state_dicts: Sequence[State], counts: Sequence[float | int]) -> None:
     if not state_dicts:
-        raise ValueError("merge_statistics: give at least one state_dict, got none.")
+        raise ValueError("merge_state_dicts: give at least one state_dict, got none.")
     if len(counts) != len(state_dicts):
         raise ValueError(
-            f"merge_statistics: give one count for each state_dict, got {len(counts)} for "
+            f"merge_state_dicts: give one count for each state_dict, got {len(counts)} for "
             f"{len(state_dicts)}."
         )
     for number, count in enumerate(counts):
         if not 2 <= count < float("inf"):
             raise ValueError(
-                "merge_statistics: counts are numbers of samples, at least two each, got "
+                "merge_state_dicts: counts are numbers of samples, at least two each, got "
                 f"{count} for checkpoint {number}; for equal weights give each the same number of "
                 "samples."
             )
@@ -149,17 +149,17 @@ def _check_state(first: State, state: State, number: int) -> None:
     for name in [*first, *state]:
         if name not in state or name not in first:
             lacking = number if name not in state else 0
-            raise ValueError(f"merge_statistics: {name} is missing in checkpoint {lacking}.")
+            raise ValueError(f"merge_state_dicts: {name} is missing in checkpoint {lacking}.")
         for tensor in (first[name], state[name]):
             if not isinstance(tensor, Tensor):
                 raise TypeError(
-                    f"merge_statistics: {name} is a {type(tensor).__name__}, not a tensor; take it "
-                    "out of the checkpoints first."
+                    f"merge_state_dicts: {name} is a {type(tensor).__name__}, not a tensor; take "
+                    "it out of the checkpoints first."
                 )
         ours, theirs = first[name], state[name]
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise ValueError(
-                f"merge_statistics: {name} is {_described(ours)} in checkpoint 0 and "
+                f"merge_state_dicts: {name} is {_described(ours)} in checkpoint 0 and "
                 f"{_described(theirs)} in checkpoint {number}."
             )
 

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from batchnorm.moments import Moments, merge
-from batchnorm.tools.surgery import batch_norms, keeps_statistics
+from batchnorm.moments import Moments, merge_moments
+from batchnorm.tools.patching import batch_norms, keeps_statistics
 
 Policy = Literal["copy", "average", "merge"]
 
@@ -123,6 +123,6 @@ def _move_statistics(mean: _Pair, var: _Pair, decay: float, *, between: bool) ->
         Moments(weight, m.to(device), v.to(device))
         for weight, m, v in zip((share, 1 - share), mean, var, strict=True)
     ]
-    merged = merge(*parts)
+    merged = merge_moments(*parts)
     mean[0].copy_(merged.mean)
     var[0].copy_(merged.var)

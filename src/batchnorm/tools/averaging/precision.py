@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.surgery import Choice, batch_norms
+from batchnorm.tools.patching import Choice, batch_norms
 
 
 def keep_statistics_in_float32(model: nn.Module, layers: Choice = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments, unbiased_var
-from batchnorm.tools.surgery import keeps_statistics
+from batchnorm.tools.patching import keeps_statistics
 
 Numbers = NDArray[np.float64]
 

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm import functional
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments, merge_moments
+from batchnorm.nn import functional
 from batchnorm.tools.monitoring.record import Record, record
 from batchnorm.tools.monitoring.state import is_told_by_buffers, states
 from batchnorm.tools.monitoring.table import table
-from batchnorm.tools.surgery import Choice, batch_norms, input_of
+from batchnorm.tools.patching import Choice, batch_norms, input_of
 
 
 def watch(
@@ -174,7 +174,7 @@ class Watch:
                 "watch: the plot needs matplotlib, which is not installed; "
                 "pip install 'batchnorm[cli]'."
             )
-        from batchnorm.report.watch_chart import chart
+        from batchnorm.tools.monitoring.chart import chart
 
         return chart(self.records)
 
@@ -197,7 +197,7 @@ class Watch:
         # Nothing is lost of what other threads put here meanwhile, or take away.
         while self._seen.setdefault(name, moments) is not moments:
             others = self._seen.pop(name, None)
-            moments = moments if others is None else merge(others, moments)
+            moments = moments if others is None else merge_moments(others, moments)
 
 
 class _Ear:

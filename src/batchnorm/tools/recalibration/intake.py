@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import functional
-from batchnorm.moments import Moments, empty, merge
+from batchnorm.moments import Moments, empty, merge_moments
+from batchnorm.nn import functional
+from batchnorm.nn.layers import LAYERS
+from batchnorm.tools.patching import changed
+from batchnorm.tools.patching.inputs import input_of
 from batchnorm.tools.recalibration.precision import Chunks
-from batchnorm.tools.surgery import changed
-from batchnorm.tools.surgery.inputs import input_of
-from batchnorm.tools.surgery.replacement import LAYERS
 
 _ticks = itertools.count()
 
@@ -114,8 +114,8 @@ class Intake:
             self.first_call = next(_ticks)
         self._calls += 1
         self._calls_of_batch += 1
-        self._total = merge(self._total, call)
-        self._batch = call if self._batch is None else merge(self._batch, call)
+        self._total = merge_moments(self._total, call)
+        self._batch = call if self._batch is None else merge_moments(self._batch, call)
         if self.normalizes_by_batch:
             used = call if call.count > 1 else self._total
             self.normalize_by(used.mean, used.var)
@@ -163,6 +163,6 @@ def merged(parts: Iterable[Mapping[str, Collected]]) -> dict[str, Collected]:
             together[name] = (
                 new
                 if old is None
-                else Collected(merge(old.moments, new.moments), old.calls + new.calls)
+                else Collected(merge_moments(old.moments, new.moments), old.calls + new.calls)
             )
     return together

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments, merge_moments
 
 FEWEST = 8
 _MOST = 64
@@ -23,11 +23,11 @@ class Chunks:
         """Takes one more batch."""
         self._growing.append(batch)
         if len(self._growing) == self._size:
-            self._full.append(merge(*self._growing))
+            self._full.append(merge_moments(*self._growing))
             self._growing = []
         if len(self._full) == _MOST:
             pairs = zip(self._full[::2], self._full[1::2], strict=True)
-            self._full = [merge(first, second) for first, second in pairs]
+            self._full = [merge_moments(first, second) for first, second in pairs]
             self._size *= 2
 
     def standard_error(self, eps: float) -> float | None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from batchnorm.tools.patching import Choice, Statistics, batch_norms, is_held, keeps_statistics
 from batchnorm.tools.recalibration.feeding import Feeder, Forward, Progress
 from batchnorm.tools.recalibration.intake import Intake
 from batchnorm.tools.recalibration.passes import Outcome, in_one_pass, in_turn
 from batchnorm.tools.recalibration.ranks import Fate, uninterrupted
 from batchnorm.tools.recalibration.result import LayerChange, Recalibration
 from batchnorm.tools.recalibration.standstill import standstill
-from batchnorm.tools.surgery import Choice, Statistics, batch_norms, is_held, keeps_statistics
 
 
 def recalibrate(
@@ -78,7 +78,7 @@ def recalibrate(
         tolerance: Stop when the standard error of every channel's mean and variance, relative to
             the standard deviation and the variance, is below this, judged by the spread between
             the batches (see `precision.Chunks`); after 8 batches at least.
-        layers: Which (see `surgery.Choice`); None is all.
+        layers: Which (see `patching.Choice`); None is all.
         sequential: One layer after the other; ``batches`` is then gone through several times.
         progress: Called after each batch with the number of samples so far, over all passes.
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.tools.patching import changed, keeps_statistics, no_broadcast
 from batchnorm.tools.recalibration.intake import Intake
-from batchnorm.tools.surgery import changed, keeps_statistics, no_broadcast
 
 
 @contextmanager

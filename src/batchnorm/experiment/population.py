@@ -1,0 +1,65 @@
+"""Population statistics: the exact statistics of many images under the weights of this moment.
+
+Running statistics are an average over the last ten batches or so, each of which saw other weights.
+At a learning rate of 1.0 the weights move so fast that this average describes no network that ever
+existed, and accuracy in evaluation jumps. Population statistics do not look back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.experiment import norm_layers
+from batchnorm.moments import Moments, merge_moments
+from batchnorm.nn import functional
+from batchnorm.scratch import BatchNorm
+from batchnorm.tools.recalibration import recalibrate
+
+
+def use_population(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Puts population statistics in the place of the running ones, as `recalibrate` does.
+
+    Layers of `batchnorm.scratch` get theirs here: they are no layers of torch's, and keep the
+    biased variance.
+
+    Args:
+        model: Any model whose layers are of `batchnorm` and ``torch.nn``, or all of
+            `batchnorm.scratch`.
+        batches: Inputs of the model, of any sizes.
+    """
+    scratch = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    if not scratch:
+        recalibrate(model, batches)
+        return
+    for name, moments in _moments(model, scratch, batches).items():
+        norm_layers.view(scratch[name]).set_statistics(moments)
+
+
+@torch.no_grad()
+def _moments(
+    model: nn.Module, layers: dict[str, BatchNorm], batches: Iterable[Tensor]
+) -> dict[str, Moments]:
+    """Moments of what the layers get while the batches pass in training mode."""
+    moments: dict[str, Moments] = {}
+
+    def collect(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        batch = functional.moments(inputs[0])
+        moments[name] = merge_moments(moments[name], batch) if name in moments else batch
+
+    handles = [
+        layer.register_forward_pre_hook(partial(collect, name)) for name, layer in layers.items()
+    ]
+    try:
+        with norm_layers.preserved_buffers(model):
+            model.train()
+            for batch in batches:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments

@@ -1,0 +1,115 @@
+"""One language edition of the results: the runs with the names and styles they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from batchnorm.charts import drawing, numerals
+from batchnorm.charts.drawing import Style
+from batchnorm.experiment.report.results import Results, Run
+from batchnorm.experiment.report.words import Say
+
+_NAMES = {
+    "batchnorm": "run.batchnorm",
+    "scratch": "run.scratch",
+    "torch": "run.torch",
+    "none": "run.none",
+}
+
+
+@dataclass(frozen=True)
+class Swatch:
+    """An entry of a legend: a picture of the template and what it means, for one run or for all."""
+
+    kind: str
+    label: str
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A run as the page shows it; position counts from 0 and picks the style."""
+
+    position: int
+    run: Run
+    label: str
+
+    @property
+    def style(self) -> Style:
+        """Colour, dashes and marker of the run."""
+        return drawing.STYLES[self.position]
+
+    @property
+    def swatch(self) -> Swatch:
+        """The run's entry in a legend."""
+        return Swatch("run", self.label, self.position)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart with its title and, where needed, a remark below; it may have to start a row."""
+
+    title: str
+    svg: str
+    remark: str = ""
+    starts_row: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """The numbers behind a group of charts."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A chapter: what to see and why, the charts, what to know below them, their numbers."""
+
+    key: str
+    title: str
+    paragraphs: Sequence[str]
+    legend: Sequence[Swatch]
+    panels: Sequence[Panel]
+    tables: Sequence[Table]
+    asides: Sequence[str] = ()
+    printed: Sequence[tuple[str, Sequence[tuple[str, Sequence[str]]]]] = ()
+
+
+@dataclass(frozen=True)
+class Edition:
+    """Results with the words to tell them in."""
+
+    results: Results
+    say: Say
+
+    @cached_property
+    def shown(self) -> tuple[Shown, ...]:
+        """All runs, each under a name that no other run has."""
+        runs = self.results.runs
+        names = [self.say(_NAMES[run.norm]).unescape() for run in runs]
+        if len({run.learning_rate for run in runs}) > 1:
+            rates = [numerals.short(run.learning_rate) for run in runs]
+            names = [
+                self.say("run.at_rate", name=name, rate=rate).unescape()
+                for name, rate in zip(names, rates, strict=True)
+            ]
+        return tuple(
+            Shown(at, run, name if names.count(name) == 1 else f"{name} ({at + 1})")
+            for at, (run, name) in enumerate(zip(runs, names, strict=True))
+        )
+
+    @cached_property
+    def normalised(self) -> tuple[Shown, ...]:
+        """The runs whose network has batch norm layers."""
+        return tuple(shown for shown in self.shown if shown.run.normalised)
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """The first and the last epoch that any run has finished."""
+        numbers = [epoch.number for shown in self.shown for epoch in shown.run.epochs]
+        return (min(numbers), max(numbers)) if numbers else (0, 1)

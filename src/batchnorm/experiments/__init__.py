@@ -1,1 +1,0 @@
-"""Small experiments with batch normalization on real images."""

@@ -1,0 +1,1 @@
+"""Networks that the experiment and the benchmark train: LeNet and ResNets with any norm."""

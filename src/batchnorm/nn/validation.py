@@ -1,0 +1,103 @@
+"""What `batchnorm.nn.functional.batch_norm` demands of its arguments.
+
+Each check raises the exception type that torch raises for the same fault, before anything is
+changed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ACTIVATIONS = (None, "relu")
+
+
+def check_input(x: Tensor) -> None:
+    """Raises if ``x`` is no floating tensor of shape (N, C, ...)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"batch_norm expects a tensor, got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise NotImplementedError(
+            f"batch_norm expects a floating-point tensor, got {x.dtype}; "
+            "convert it with x.to(torch.float32)."
+        )
+    if x.dim() < 2 and x.numel() > 0:
+        raise IndexError(
+            f"batch_norm expects a tensor of shape (N, C, ...), got shape {tuple(x.shape)}."
+        )
+
+
+def check_activation(activation: str | None) -> None:
+    """Raises if the activation cannot be fused."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
+
+
+def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
+    """Raises if a vector does not hold one value a channel, on x's device."""
+    channels, on_cpu = x.shape[1] if x.dim() > 1 else 0, x.is_cpu
+    fitting = (channels,)
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != fitting:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements, one a channel (dimension 1 of the "
+                f"input of shape {tuple(x.shape)}), got shape {tuple(vector.shape)}"
+                f"{_hint(x, vector)}."
+            )
+        if not (on_cpu and vector.is_cpu) and vector.device != x.device:
+            raise RuntimeError(
+                f"{name} must be on the input's device {x.device}, got {vector.device}."
+            )
+
+
+def check_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, *, training: bool
+) -> None:
+    """Raises if only one of the two is given, or none where inference needs them."""
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError(
+            "running_mean and running_var must be defined in evaluation mode, got None; "
+            "give them, or set training=True to normalize by the batch's own statistics."
+        )
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            "running_mean and running_var must either both be None or neither be None, "
+            f"got None for {missing}."
+        )
+
+
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    """Raises if the residual cannot be added element by element."""
+    if residual is None:
+        return
+    for rule in ("shape", "dtype", "device"):
+        expected, got = getattr(x, rule), getattr(residual, rule)
+        if expected != got:
+            expected, got = (tuple(v) if rule == "shape" else v for v in (expected, got))
+            raise RuntimeError(f"residual must have the input's {rule} {expected}, got {got}.")
+
+
+def check_training(x: Tensor, eps: float, momentum: float | Tensor | None) -> None:
+    """Raises if the batch's own statistics cannot normalize it, or not move the running ones."""
+    if momentum is None:
+        raise TypeError(
+            "batch_norm expects momentum as a number or a 0-d tensor, got None; for the cumulative "
+            "average give moments.weight_of_new_batch(None, num_batches_tracked)."
+        )
+    if not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}.")
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{tuple(x.shape)}; use a larger batch, freeze the layer, or call eval()."
+        )
+
+
+def _hint(x: Tensor, vector: Tensor) -> str:
+    """Names the dimension that was probably meant, if there is one."""
+    fitting = [dim for dim in range(2, x.dim()) if x.shape[dim] == vector.numel()]
+    if vector.dim() != 1 or not fitting:
+        return ""
+    return f"; dimension {fitting[0]} has size {vector.numel()}, but channels are dimension 1"

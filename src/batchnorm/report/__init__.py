@@ -1,1 +1,0 @@
-"""Plain results of a training comparison, told as a terminal table and as one HTML page."""

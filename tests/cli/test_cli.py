@@ -1,0 +1,236 @@
+"""The command line as a user meets it, in a process of its own where that is quick."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.cells import cell_len
+
+from batchnorm import __version__, cli
+from batchnorm.experiment.data import Dataset
+from training_cases import EPOCH_FIELDS, pattern
+
+# typer demands the annotation typer.Context and hands over an object of another class.
+pytestmark = pytest.mark.untyped
+
+SMALL = ["--epochs", "2", "--batch-size", "64", "--population", "100", "--threads", "1"]
+
+
+@pytest.fixture
+def small_images(monkeypatch):
+    """A small data set; this process gives its memory back as before. How often it was not to."""
+    kept = []
+    monkeypatch.setattr("batchnorm.cli.experiment.keep_freed_memory", lambda: kept.append(None))
+    dataset = Dataset("patterns", "this test", *pattern(300, 0), *pattern(60, 1), tuple("0123"))
+    monkeypatch.setattr("batchnorm.experiment.data.load", lambda *args, **kwargs: dataset)
+    return kept
+
+
+def run(capsys, *arguments):
+    code = cli.run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def command(*arguments, **options):
+    environment = {**os.environ, "COLUMNS": "80", **options.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, "-m", "batchnorm", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+def cpu_seconds_of_children():
+    """Unlike the time on the wall, this does not count the tests that run beside."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_help_is_fast_and_loads_no_torch(monkeypatch):
+    code = (
+        "import sys; from batchnorm import cli; cli.run(['--help']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'numpy')))"
+    )
+    for name in [name for name in os.environ if name.startswith("COVERAGE")]:
+        monkeypatch.delenv(name)
+    seconds = []
+    for _ in range(8):
+        before = cpu_seconds_of_children()
+        done = command("--help")
+        seconds.append(cpu_seconds_of_children() - before)
+        assert done.returncode == 0
+    assert min(seconds) < 0.3
+    assert "explain" in done.stdout
+    assert max(map(cell_len, done.stdout.splitlines())) <= 80
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"{__version__}\n", "")
+
+
+def test_no_command_shows_help(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert "Usage: batchnorm" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nonsense"], "No such command 'nonsense'."),
+        (["explain", "--nope"], "No such option: --nope."),
+        (["explain", "pictures"], "'pictures' is not one of 'all', 'fully-connected'"),
+        (["explain", "--lang", "fr"], "'fr' is not one of 'en', 'zh'"),
+        (["train", "--epochs", "many"], "Invalid value for '--epochs'"),
+        (["train", "--epochs", "0"], "Invalid value for '--epochs'"),
+        (["train", "--norm", "layer"], "--norm expects different names out of batchnorm, scratch"),
+        (["train", "--norm", "none,none"], "got 'none,none'."),
+        (["train", "--lr", "-1"], "--lr expects a positive number, got -1.0."),
+        (["train", "--lr", "nan"], "--lr expects a positive number, got nan."),
+        (["train", "--device", "abacus"], "--device abacus cannot be used here: "),
+        (["train", "--data", "/nowhere"], "/nowhere: no such folder"),
+        (["train", "--resume", "/nowhere"], "/nowhere holds no run (config.json is missing)"),
+        (["train", "--resume", "x", "--lr", "1"], "--resume takes its settings from config.json"),
+        (["report", "/nowhere"], "/nowhere holds no results (report.json is missing)"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, arguments, sentence):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert err.startswith("batchnorm: ")
+    assert err.endswith(".\n")
+
+
+def test_missing_library_of_the_command_line_is_named(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('gone', name='typer')")
+    done = command("explain", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr == (
+        "batchnorm: the command line needs typer, which is not installed; "
+        "install it with pip install 'batchnorm[cli]'.\n"
+    )
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_explain_prints_the_numbers_of_the_notes(lang):
+    done = command("explain", "--lang", lang)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for number in ("0.3445", "0.4517", "0.0924", "0.4546", "0.6116", "0.5013"):
+        assert number in done.stdout
+    assert max(map(cell_len, done.stdout.splitlines())) <= 80
+
+
+def test_explain_as_json(capsys):
+    code, out, _ = run(capsys, "explain", "convolution", "--json")
+    assert code == 0
+    (example,) = json.loads(out)["examples"]
+    assert example["name"] == "convolution"
+    assert len(example["steps"]) > 10
+
+
+def test_train_writes_everything(capsys, tmp_path, small_images):
+    out_dir = tmp_path / "run"
+    code, out, err = run(capsys, "train", *SMALL, "--out", out_dir)
+    assert code == 0
+    assert "batchnorm" in out
+    assert "none" in out
+    assert f"Report: {out_dir / 'report.html'}" in err
+    assert len(small_images) == 1
+    names = {path.name for path in out_dir.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "report.json", "report.html", "checkpoints"}
+    assert "<svg" in (out_dir / "report.html").read_text()
+    code, out, err = run(capsys, "train", *SMALL, "--out", out_dir)
+    assert code == 2
+    assert "already holds a run; continue it with --resume" in err
+
+
+def test_train_as_json_is_one_object(capsys, tmp_path, small_images):
+    code, out, _ = run(
+        capsys, "train", *SMALL, "--out", tmp_path / "run", "--json", "--norm", "none,torch"
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert [run["norm"] for run in result["runs"]] == ["none", "torch"]
+    assert list(result["runs"][0]["epochs"][0]) == EPOCH_FIELDS
+    assert result["data"]["name"] == "patterns"
+
+
+def test_ctrl_c_reports_and_resume_goes_on(capsys, tmp_path, small_images, monkeypatch):
+    out_dir = tmp_path / "run"
+    whole = tmp_path / "whole"
+    arguments = [*SMALL, "--norm", "torch"]
+
+    def interrupt(self, examples):
+        if self._progress.tasks[0].completed > 300:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batchnorm.experiment.progress.TrainingProgress.step", interrupt)
+        patch.setattr(
+            "batchnorm.experiment.progress.TrainingProgress.epoch",
+            lambda self, record: self._progress.advance(self._task, 301),
+        )
+        code, _, err = run(capsys, "train", *arguments, "--out", out_dir)
+    assert code == 130
+    assert f"Interrupted; go on with: batchnorm train --resume {out_dir}" in err
+    assert (out_dir / "report.html").exists()
+    assert json.loads((out_dir / "report.json").read_text())["runs"][0]["complete"] is False
+    assert run(capsys, "train", "--resume", out_dir)[0] == 0
+    assert run(capsys, "train", *arguments, "--out", whole)[0] == 0
+    resumed, uncut = (
+        [
+            {**json.loads(line), "examples_per_second": 0}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (out_dir, whole)
+    )
+    assert resumed == uncut
+    code, _, _ = run(capsys, "report", out_dir, "--lang", "zh")
+    assert code == 0
+    assert 'lang="zh' in (out_dir / "report.html").read_text()
+
+
+def test_resume_with_other_images_is_refused(capsys, tmp_path, small_images, monkeypatch):
+    out_dir = tmp_path / "run"
+    run(capsys, "train", *SMALL, "--norm", "none", "--out", out_dir)
+    other = Dataset("digits", "this test", *pattern(300, 0), *pattern(60, 1), tuple("0123"))
+    monkeypatch.setattr("batchnorm.experiment.data.load", lambda *args, **kwargs: other)
+    code, _, err = run(capsys, "train", "--resume", out_dir)
+    assert code == 2
+    assert "was trained on patterns, but only digits was found" in err
+
+
+@pytest.mark.images
+def test_a_real_signal_ends_a_real_run_cleanly(tmp_path, fashion_mnist):
+    out_dir = tmp_path / "run"
+    arguments = ["train", "--examples", "2048", "--epochs", "200", "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchnorm", *arguments, "--out", str(out_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "go on with: batchnorm train --resume" in err
+    assert "batchnorm" in out
+    assert (out_dir / "report.html").exists()

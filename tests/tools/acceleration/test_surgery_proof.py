@@ -1,0 +1,283 @@
+"""Forwards that tracing alone would get wrong are left, or fall back when called."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import model_nets as nets
+from batchnorm.tools.acceleration import accelerate
+from model_cases import (
+    EXACT,
+    assert_same_function,
+    images,
+    relus_and_additions,
+    restored,
+    tail,
+    varied,
+)
+
+FLAG = True
+
+
+def by_value(self, out, residual):
+    return F.relu(out) if out.sum() > 0 else F.relu(-out)
+
+
+def by_mode(self, out, residual):
+    return F.relu(out) if self.training else out
+
+
+def by_dropout(self, out, residual):
+    return F.relu(F.dropout(out, 0.5, self.training))
+
+
+def by_type(self, out, residual):
+    return F.relu(out) if isinstance(out, Tensor) else out
+
+
+def by_global(self, out, residual):
+    return F.relu(out) if FLAG else out
+
+
+def by_shared_state(self, out, residual):
+    return F.relu(out) if torch.is_grad_enabled() else out
+
+
+def by_setting(self, out, residual):
+    return F.relu(out) if torch.backends.cudnn.enabled else out
+
+
+def by_identity(self, out, residual):
+    return F.relu(out) if out is not residual else out
+
+
+def by_none(self, out, residual):
+    out = self.relu(out)
+    return out if out is not None else residual
+
+
+def by_chance(self, out, residual):
+    return F.relu(out) if random.random() < 2 else out
+
+
+def with_noise(self, out, residual):
+    return F.relu(out) + torch.rand(1)
+
+
+def without_grad(self, out, residual):
+    with torch.no_grad():
+        out = out * 2
+    return F.relu(out + residual)
+
+
+def counts_calls(self, out, residual):
+    self.calls = getattr(self, "calls", 0) + 1
+    return F.relu(out)
+
+
+def keeps_lists(self, out, residual):
+    self.kept.append(out.shape)
+    return F.relu(out)
+
+
+def reads_objects(self, out, residual):
+    return F.relu(out) if self.options.relu else out
+
+
+def prints(self, out, residual):
+    print("called")
+    return F.relu(out)
+
+
+def catches(self, out, residual):
+    try:
+        return F.relu(out)
+    except ValueError:
+        return out
+
+
+def makes_modules(self, out, residual):
+    return nn.Identity()(F.relu(out))
+
+
+@torch.no_grad()
+def decorated(self, out, residual):
+    return F.relu(out)
+
+
+UNPROVEN = {
+    by_value: "cannot be traced",
+    by_mode: "does other things in training than in evaluation",
+    by_dropout: "does other things in training than in evaluation",
+    by_type: "calls isinstance()",
+    by_global: "uses the global FLAG",
+    by_shared_state: "calls is_grad_enabled()",
+    by_setting: "reads torch.backends",
+    by_identity: "compares by identity",
+    by_none: "asks whether a value that it computed is None",
+    by_chance: "uses the global random",
+    with_noise: "calls rand()",
+    without_grad: "uses with or try",
+    counts_calls: "writes attributes",
+    keeps_lists: "reads 'kept', a list",
+    reads_objects: "reads 'options', a SimpleNamespace",
+    prints: "calls print()",
+    catches: "uses with or try",
+    makes_modules: "calls torch.nn.modules.",
+    decorated: "calls torch.utils._contextlib.",
+}
+
+
+@pytest.mark.parametrize(("function", "reason"), UNPROVEN.items())
+def test_forwards_that_cannot_be_proven_are_left(function, reason, capsys):
+    model = tail(function)
+    model.kept, model.options = [], SimpleNamespace(relu=True)
+    original = copy.deepcopy(model)
+    drawn = torch.get_rng_state()
+
+    result = accelerate(model)
+
+    assert result.replaced == ("bn",)
+    assert (result.relus, result.additions) == ((), ())
+    assert result.left[""].startswith("its forward ")
+    assert reason in result.left[""]
+    assert capsys.readouterr().out == ""
+    assert "calls" not in vars(model)
+    assert model.kept == []
+    assert_close(torch.get_rng_state(), drawn, **EXACT)
+    if function is not decorated:
+        assert_same_function(model, original)
+
+
+@pytest.mark.parametrize(("function", "reason"), UNPROVEN.items())
+def test_it_does_not_matter_which_function_is_unproven(function, reason):
+    model = type("Root", (nets.Tail,), {"forward": function})()
+    model.kept, model.options = [], SimpleNamespace(relu=True)
+    expected = "is wrapped by a decorator" if function is decorated else reason
+    if function is by_type:  # of an argument, the question has an answer: it is a list
+        assert accelerate(model).left == {}
+    else:
+        assert expected in accelerate(model).left[""]
+    assert accelerate(model).relus == ()
+
+
+class Stages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        stage = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
+        self.stages = nn.ModuleList([stage])
+        self.head = nn.Sequential(nn.Conv2d(3, 3, 1))
+        self.norms = nn.ModuleDict({"last": nn.BatchNorm2d(3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for layer in stage:
+                x = layer(x)
+        for layer in self.head:
+            x = layer(x)
+        return F.relu(self.norms["last"](x))
+
+
+@pytest.mark.parametrize("grow", ["stages.0", "stages", "head"])
+def test_loops_over_children_follow_their_number(grow):
+    model = varied(Stages())
+    assert accelerate(model, images()).relus == ("norms.last",)
+    assert relus_and_additions(model) == (0, 0)
+    more = nn.Conv2d(3, 3, 1).double()
+    model.get_submodule(grow).append(nn.ModuleList([more]) if grow == "stages" else more)
+    assert_same_function(model, restored(model))
+
+
+def test_nothing_is_fused_under_a_profiler():
+    model = nets.BasicBlock()
+    sys.setprofile(lambda *_: None)
+    try:
+        result = accelerate(model)
+    finally:
+        sys.setprofile(None)
+    assert result.left == {"": "its forward cannot be watched while a profiler runs"}
+    assert len(result.replaced) == 2
+
+
+class Arguments(nets.Tail):
+    def forward(self, x: Tensor, scale: float = 1.0, residual: Tensor | None = None) -> Tensor:
+        out = self.bn(self.conv(x))
+        if residual is not None:
+            out = out + residual
+        return F.relu(out) * scale
+
+
+def test_optional_arguments_fall_back():
+    model = varied(Arguments())
+    original = copy.deepcopy(model)
+    assert accelerate(model, images()).relus == ("bn",)
+    assert relus_and_additions(model, images()) == (0, 0)
+    residual = model.conv(images()).detach()
+    assert_same_function(model, original, images(), 3.0)
+    assert_same_function(model, original, images(), 3.0, residual)
+    assert_close(model.eval()(x=images()), original.eval()(images()))
+    assert relus_and_additions(model, images(), 3.0, residual) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("signature", "reason"),
+    [
+        ("self, *args", "takes any number of arguments"),
+        ("self, x, **options", "takes any number of arguments"),
+        ("self, x, *, y", "takes an argument that must be named"),
+    ],
+)
+def test_open_signatures_are_left(signature, reason):
+    scope = {}
+    exec(f"def forward({signature}): return None", scope)
+    model = type("Open", (nets.Tail,), {"forward": scope["forward"]})()
+    assert accelerate(model).left == {"": f"its forward {reason}"}
+
+
+def test_another_flag_or_child_falls_back():
+    model = varied(nets.ResNet())
+    block = model.layer1[0]
+    accelerate(model)
+
+    model.grad_checkpointing = True
+    with pytest.raises(NotImplementedError):
+        model(images())
+    model.grad_checkpointing = False
+
+    block.relu = nn.Sigmoid()
+    original = restored(model)
+    assert_same_function(model, original)
+
+    block.downsample = nn.Conv2d(4, 4, 1).double()
+    original = restored(model)
+    assert_same_function(model, original)
+
+    block.bn1 = nn.GroupNorm(2, 4).double()
+    original = restored(model)
+    assert_same_function(model, original)
+
+
+def test_sequential_slices_and_additions_of_children():
+    model = varied(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    accelerate(model)
+    original = restored(model)
+    assert_same_function(model[:2], original[:2])
+    assert_same_function(model[:], original[:])
+    model.append(nn.Tanh())
+    assert_same_function(model, restored(model))
+
+
+def test_a_forward_patched_later_on_the_class_is_obeyed(monkeypatch):
+    model = varied(nets.BasicBlock())
+    accelerate(model)
+    monkeypatch.setattr(nets.BasicBlock, "forward", lambda self, x: x * 2)
+    assert_close(model(images()), images() * 2, **EXACT)

@@ -1,0 +1,133 @@
+"""accelerate on torchvision's and timm's own networks, where both are installed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import os
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import batchnorm
+from batchnorm.tools.acceleration import accelerate, restore
+
+pytestmark = pytest.mark.untyped
+if find_spec("timm") is None or find_spec("torchvision") is None:
+    if os.environ.get("CI") == "true":
+        pytest.fail("timm and torchvision are not installed; CI must not skip this.")
+    pytest.skip("timm and torchvision are not installed", allow_module_level=True)
+
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+
+
+@functools.cache
+def import_torchvision():
+    """torchvision, also where its compiled operators do not fit this build of torch.
+
+    Without them it cannot be imported, because it registers shapes for operators that do not exist;
+    networks for classification call none of them.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    for operator in ("nms", "qnms"):
+        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision")
+
+
+def network(name: str) -> nn.Module:
+    """A network with random weights and running statistics that are not at their defaults."""
+    torch.manual_seed(0)
+    library, _, name = name.rpartition(".")
+    torchvision = import_torchvision()  # timm imports it, too
+    if library == "timm":
+        model = importlib.import_module("timm").create_model(name, num_classes=10)
+    else:
+        options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+        model = getattr(torchvision.models, name)(num_classes=10, **options)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.uniform_(0.5, 1)
+                layer.bias.uniform_(-0.2, 0.4)
+                layer.running_mean.uniform_(-0.2, 0.2)
+                layer.running_var.uniform_(0.2, 0.6)
+    return model
+
+
+def images(dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def outcome(model: nn.Module) -> dict[str, Tensor]:
+    """Output, gradients and state after one call."""
+    torch.manual_seed(1)
+    x = images(torch.float64).requires_grad_()
+    output = model(x)
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(output.square().sum(), [x, *parameters.values()])
+    named = {f"grad {n}": g for n, g in zip(["input", *parameters], grads, strict=True)}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return {"output": output.detach(), **named, **state}
+
+
+each_network = pytest.mark.parametrize(
+    ("name", "layers", "relus", "additions"),
+    [
+        ("torchvision.resnet18", 20, 9, 8),
+        ("torchvision.resnet50", 53, 33, 16),
+        ("torchvision.mobilenet_v2", 52, 0, 0),
+        ("torchvision.densenet121", 121, 120, 0),
+        ("torchvision.efficientnet_b0", 49, 0, 0),
+        ("torchvision.googlenet", 57, 57, 0),
+        ("torchvision.shufflenet_v2_x0_5", 56, 37, 0),
+        ("torchvision.regnet_x_400mf", 71, 45, 0),
+        ("timm.resnet50", 53, 33, 16),
+        ("timm.densenet121", 121, 121, 0),
+        ("timm.efficientnet_b0", 49, 0, 0),
+        ("timm.regnety_002", 44, 27, 0),
+    ],
+)
+
+
+@each_network
+def test_real_networks(name, layers, relus, additions):
+    model = network(name)
+    kinds = [type(module) for module in model.modules()]
+
+    result = accelerate(model, images(torch.float32))
+
+    assert result.verified
+    assert result.left == {}
+    assert len(result.replaced) == layers
+    assert (len(result.relus), len(result.additions)) == (relus, additions)
+    ours = [m for m in model.modules() if isinstance(m, batchnorm.BatchNorm2d)]
+    assert len(ours) == layers
+
+    assert restore(model).layers == layers
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@each_network
+def test_in_float64_all_digits_agree(name, layers, relus, additions):
+    original = network(name).double()
+    model = copy.deepcopy(original)
+    accelerate(model)
+    for training in (False, True):
+        expected, actual = outcome(original.train(training)), outcome(model.train(training))
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            atol = 1e-9 * max(value.abs().max().item(), 1e-3)
+            assert_close(
+                actual[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
+            )
