@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from batchnorm.moments import weight_of_new_batch
-from batchnorm.nn.functional import Activation, compute
+from batchnorm.nn.functional import Activation, _batch_norm
+from batchnorm.nn.running_statistics import weight_of_new_batch
 from batchnorm.nn.validation import check_activation
 
 
@@ -48,7 +48,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         uses_buffers = tracks or not self.training
         running_mean = self.running_mean if uses_buffers else None
         running_var = self.running_var if uses_buffers else None
-        return compute(
+        return _batch_norm(
             input,
             running_mean,
             running_var,
