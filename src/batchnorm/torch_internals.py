@@ -16,7 +16,7 @@ def backward_pass_id() -> int:
     return torch._C._current_graph_task_id()
 
 
-def when_backward_pass_ends(callback: Callable[[], object]) -> None:
+def when_backward_pass_ends(callback: Callable[[], None]) -> None:
     """Has ``callback`` called at the end of the backward pass that this thread is in.
 
     Autograd does not call it if the pass fails, but drops it in either case.

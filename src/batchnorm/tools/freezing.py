@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching.methods import ReplacedMethod
-from batchnorm.tools.patching.selection import (
+from batchnorm.tools.patching import (
     FROZEN_MARK,
     LayerSelection,
+    ReplacedMethod,
     batch_norms,
     has_running_statistics,
     is_frozen,
@@ -178,13 +178,14 @@ class _FrozenTrain(ReplacedMethod):
     def freeze(self) -> None:
         """Puts the layer into evaluation, for as long as this is installed."""
         self.install()
-        vars(self.module).update({"training": False, FROZEN_MARK: True})
+        self.module.training = False
+        setattr(self.module, FROZEN_MARK, True)
 
     def unfreeze(self, layer: nn.Module) -> None:
         """Gives ``layer``, which may be a shallow copy of the frozen one, its mode again."""
         self.uninstall(layer)
-        del vars(layer)[FROZEN_MARK]
-        vars(layer)["training"] = self.training
+        delattr(layer, FROZEN_MARK)
+        layer.training = self.training
         self.unfreeze_parameters()
 
     def freeze_parameters(self) -> None:

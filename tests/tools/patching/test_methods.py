@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -112,3 +113,42 @@ def test_a_copy_has_interceptors_of_its_own():
     twin(torch.randn(3, 2))
     assert len(twin.forward.notes) == 2
     assert notes == []
+
+
+def test_a_shallow_copy_shares_the_replacement_and_can_lose_it_alone():
+    layer, notes = nn.BatchNorm1d(2), []
+    install([Noting(layer, notes, "a")])
+    twin = copy.copy(layer)
+    twin(torch.randn(3, 2))
+    assert len(notes) == 2
+    Noting.find(twin).uninstall(twin)
+    twin(torch.randn(3, 2))
+    assert len(notes) == 2
+    assert Noting.find(twin) is None
+    layer(torch.randn(3, 2))
+    assert len(notes) == 4
+
+
+class Quiet(Noting):
+    pass
+
+
+def test_finding_one_in_a_chain_but_not_behind_foreign_code():
+    layer = nn.BatchNorm1d(2)
+    assert Noting.find(layer) is None
+    first, second = Quiet(layer, [], "a"), Noting(layer, [], "b")
+    install([first, second])
+    assert Quiet.find(layer) is first
+    assert Noting.find(layer) is second
+    layer.forward = lambda x: x
+    assert Quiet.find(layer) is None
+
+
+def test_a_pickle_carries_a_replacement_of_its_own():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    handle = install([Noting(model[0], [], "a")])
+    twin = pickle.loads(pickle.dumps(model))
+    handle.remove()
+    twin(torch.randn(3, 2))
+    assert twin[0].forward.module is twin[0]
+    assert len(twin[0].forward.notes) == 2

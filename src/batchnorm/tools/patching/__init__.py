@@ -5,7 +5,11 @@ recomputation. What it changes for a while it returns as a `Handle`. What a sing
 these changes lives in that tool.
 """
 
-from batchnorm.tools.patching.attributes import temporary_attributes, without_buffer_broadcast
+from batchnorm.tools.patching.attributes import (
+    FALSE_UNTIL_COPIED,
+    temporary_attributes,
+    without_buffer_broadcast,
+)
 from batchnorm.tools.patching.buffers import (
     SavedBuffers,
     SavedTensors,
@@ -16,7 +20,14 @@ from batchnorm.tools.patching.changes import Statistics, changed, no_broadcast
 from batchnorm.tools.patching.handle import Handle
 from batchnorm.tools.patching.inputs import input_of, listen
 from batchnorm.tools.patching.methods import ReplacedMethod, install
+from batchnorm.tools.patching.recomputation import (
+    RecomputationHook,
+    is_recomputing,
+    is_repeated,
+    updates_suppressed,
+)
 from batchnorm.tools.patching.selection import (
+    FROZEN_MARK,
     Choice,
     LayerSelection,
     batch_norms,
@@ -27,9 +38,12 @@ from batchnorm.tools.patching.selection import (
 )
 
 __all__ = [
+    "FALSE_UNTIL_COPIED",
+    "FROZEN_MARK",
     "Choice",
     "Handle",
     "LayerSelection",
+    "RecomputationHook",
     "ReplacedMethod",
     "SavedBuffers",
     "SavedTensors",
@@ -42,10 +56,13 @@ __all__ = [
     "install",
     "is_frozen",
     "is_held",
+    "is_recomputing",
+    "is_repeated",
     "keeps_statistics",
     "listen",
     "no_broadcast",
     "temporary_attributes",
+    "updates_suppressed",
     "without_buffer_broadcast",
     "work_on_copies",
 ]

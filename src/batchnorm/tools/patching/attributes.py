@@ -27,15 +27,9 @@ class _FalseUntilCopied(int):
 FALSE_UNTIL_COPIED = _FalseUntilCopied(0)
 
 
-class _Overridden:
-    """One attribute: its value before the first override, and the overrides by their owner."""
-
-    def __init__(self, before: Any) -> None:
-        self.before = before
-        self.overrides: dict[object, Any] = {}
-
-
-_overridden: WeakKeyDictionary[nn.Module, dict[str, _Overridden]] = WeakKeyDictionary()
+_Overrides = dict[object | None, Any]
+"""Values of one attribute: under None the one from before, then the overrides by their owner."""
+_overridden: WeakKeyDictionary[nn.Module, dict[str, _Overrides]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
@@ -91,19 +85,17 @@ def without_buffer_broadcast(model: nn.Module) -> Handle:
 def _override(module: nn.Module, name: str, value: Any, owner: object) -> None:
     attributes = _overridden.setdefault(module, {})
     if name not in attributes:
-        attributes[name] = _Overridden(getattr(module, name))
-    attributes[name].overrides[owner] = value
+        attributes[name] = {None: getattr(module, name)}
+    attributes[name][owner] = value
     setattr(module, name, value)
 
 
 def _restore(module: nn.Module, name: str, owner: object) -> None:
     attributes = _overridden.get(module, {})
-    found = attributes.get(name)
-    if found is None or owner not in found.overrides:
+    overrides = attributes.get(name, {})
+    if owner not in overrides:
         return
-    del found.overrides[owner]
-    if found.overrides:
-        setattr(module, name, next(reversed(found.overrides.values())))
-    else:
-        setattr(module, name, found.before)
+    del overrides[owner]
+    setattr(module, name, next(reversed(overrides.values())))
+    if len(overrides) == 1:
         del attributes[name]

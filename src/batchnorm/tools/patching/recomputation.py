@@ -83,23 +83,21 @@ _hooks: dict[tuple[int, int], RecomputationHook] = {}
 """The hooks of backward passes that are going on, by the pass and the thread."""
 
 
-class _EndOfPass:
-    """Empty marker. Autograd drops it when the pass ends, also with an error.
-
-    Autograd calls a callback only after a pass that succeeds, and has no other sign of the end of
-    one that fails. But it drops the callback in both cases, and a finalizer notices that.
-    """
-
-    def __call__(self) -> None:
-        """Does nothing when a pass succeeds: the marker is dropped right after."""
-
-
 def _hook_of_this_pass() -> RecomputationHook:
     place = backward_pass_id(), threading.get_ident()
     if place not in _hooks:
-        stack, marker = ExitStack(), _EndOfPass()
+        stack = ExitStack()
         stack.callback(_hooks.pop, place)
         _hooks[place] = RecomputationHook(stack)
+
+        def marker() -> None:
+            """Empty marker. The autograd engine drops it when the backward pass ends.
+
+            The engine calls it only after a pass that succeeds, and gives no other sign of the end
+            of one that fails. But it drops it in both cases, and the finalizer then restores the
+            layers.
+            """
+
         weakref.finalize(marker, stack.close)
         when_backward_pass_ends(marker)
     return _hooks[place]
