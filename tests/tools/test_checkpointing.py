@@ -457,7 +457,7 @@ class Checkpointed(nn.Module):
 
 @kinds
 @reentrant
-def test_existing_code_updates_once(kind, use_reentrant):
+def test_existing_code_counts_once(kind, use_reentrant):
     body, batches = built(kind)
     model = Checkpointed(body, use_reentrant)
     twin = copy.deepcopy(model)
@@ -503,7 +503,7 @@ def test_a_second_thread_recomputes_its_own_layer(use_reentrant):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop])
-def test_a_forward_that_fails_leaves_nothing_of_updates_once(error):
+def test_a_forward_that_fails_leaves_nothing_of_count_recomputation_once(error):
     def fail(*_):
         raise error("inside")
 
@@ -544,7 +544,7 @@ def test_early_stop_ends_the_recomputation_inside_of_the_layer():
     assert body[1].num_batches_tracked == 2
 
 
-def test_a_copy_updates_once_too():
+def test_a_copy_counts_once_too():
     model = Checkpointed(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), use_reentrant=True)
     with count_recomputation_once(model):
         twin = copy.deepcopy(model)
