@@ -16,7 +16,7 @@ import batchnorm
 import model_nets as nets
 from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.checkpointing import checkpoint, count_recomputation_once
-from batchnorm.tools.patching.recomputation import is_recomputing, quiet
+from batchnorm.tools.patching.recomputation import is_recomputing, updates_suppressed
 from layer_kinds import KINDS, Stop, built, everything, layers_of, statistics
 from model_cases import EXACT, images, varied
 
@@ -423,11 +423,11 @@ def test_another_thread_trains_its_own_model_meanwhile():
     assert theirs.num_batches_tracked == 1
 
 
-def test_quiet_is_only_for_what_is_called():
+def test_updates_are_suppressed_only_for_what_is_called():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     x = torch.randn(6, 4)
     before = {layer: {id(buffer) for buffer in layer.buffers()} for layer in model}
-    with quiet(model[2].forward):
+    with updates_suppressed(model[2].forward):
         model[0](x)
         same = [{id(buffer) for buffer in layer.buffers()} == b for layer, b in before.items()]
         assert same == [False, True, False]

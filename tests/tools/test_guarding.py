@@ -16,7 +16,7 @@ from torch.utils import checkpoint as torchs
 
 import batchnorm
 from batchnorm.tools.guarding import Poisoned, Repair, guard, reset_poisoned_statistics
-from batchnorm.tools.patching.interception import Interceptor
+from batchnorm.tools.patching.methods import ReplacedMethod
 from batchnorm.tools.statistics_updates import transaction
 from layer_kinds import KINDS, Stop, built, everything, layers_of, statistics
 from model_cases import EXACT
@@ -374,7 +374,7 @@ def test_copies_stay_guarded_with_counts_of_their_own(duplicate):
     guarding.remove()
     twin(poisoned(batch))
     assert is_finite(twin)
-    assert isinstance(vars(twin[1])["forward"], Interceptor)
+    assert isinstance(vars(twin[1])["forward"], ReplacedMethod)
     assert guarding.skipped == {}
     assert "forward" not in vars(model[1])
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-from batchnorm.tools.patching.changes import on_copies
-from batchnorm.tools.patching.interception import Handle, Interceptor
-from batchnorm.tools.patching.recomputation import is_recomputing, quiet
+from batchnorm.tools.patching.buffers import work_on_copies
+from batchnorm.tools.patching.handle import Handle
+from batchnorm.tools.patching.methods import ReplacedMethod, install
+from batchnorm.tools.patching.recomputation import is_recomputing, updates_suppressed
 from batchnorm.tools.patching.selection import Choice, batch_norms
 
 
@@ -74,17 +75,17 @@ def count_recomputation_once(model: nn.Module, layers: Choice = None) -> Handle:
         ValueError: A name fits no layer, or a layer is lazy.
     """
     chosen = batch_norms(model, layers, caller="count_recomputation_once")
-    return Handle(_UpdatesOnce(layer) for layer in chosen.values())
+    return install(_UpdatesOnce(layer) for layer in chosen.values())
 
 
-class _UpdatesOnce(Interceptor):
+class _UpdatesOnce(ReplacedMethod):
     """Works on copies during a backward pass, which is where recomputations run."""
 
-    def around(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if not is_recomputing():
-            return self.forward(*args, **kwargs)
-        with on_copies([self.layer]):
-            return self.forward(*args, **kwargs)
+            return self.original(*args, **kwargs)
+        with work_on_copies([self.module]):
+            return self.original(*args, **kwargs)
 
 
 class _Rerun:
@@ -103,5 +104,5 @@ class _Rerun:
         self._has_run = True
         if not runs_again:
             return self._function(*args, **kwargs)
-        with quiet(self._function):
+        with updates_suppressed(self._function):
             return self._function(*args, **kwargs)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching.interception import Handle, Interceptor
-from batchnorm.tools.patching.recomputation import runs_again
+from batchnorm.tools.patching.handle import Handle
+from batchnorm.tools.patching.methods import ReplacedMethod
+from batchnorm.tools.patching.recomputation import is_repeated
 from batchnorm.tools.patching.selection import Choice, batch_norms, keeps_statistics
 
 _STATISTICS = ("running_mean", "running_var")
@@ -27,7 +28,9 @@ class Guard(Handle):
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._guarded = {name: _Guarded(layer) for name, layer in layers.items()}
-        super().__init__(self._guarded.values())
+        for guarded in self._guarded.values():
+            guarded.install()
+        super().__init__(*(guarded.uninstall for guarded in self._guarded.values()))
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -193,7 +196,7 @@ def reset_poisoned_statistics(
     return Repair(tuple(found), len(layers), dry_run)
 
 
-class _Guarded(Interceptor):
+class _Guarded(ReplacedMethod):
     """Puts back, on the device, what a bad batch did."""
 
     def __init__(self, layer: _BatchNorm) -> None:
@@ -201,14 +204,14 @@ class _Guarded(Interceptor):
         device = next(layer.buffers(recurse=False)).device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
-    def around(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.module
         if not (layer.training and layer.track_running_stats and keeps_statistics(layer)):
-            return self.forward(*args, **kwargs)
+            return self.original(*args, **kwargs)
         buffers = {name: getattr(layer, name) for name in (*_STATISTICS, "num_batches_tracked")}
         before = {name: b.detach().clone() for name, b in buffers.items() if b is not None}
         try:
-            output = self.forward(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         except BaseException:
             for name, kept in before.items():
                 getattr(layer, name).data.copy_(kept)
@@ -219,14 +222,14 @@ class _Guarded(Interceptor):
     @torch.no_grad()
     def _judge(self, before: dict[str, Tensor]) -> None:
         """Writes past autograd, as torch's own update does, so that backward still works."""
-        layer = self.layer
+        layer = self.module
         was_finite = torch.stack([before[name].isfinite() for name in _STATISTICS])
         is_finite = torch.stack([getattr(layer, name).isfinite() for name in _STATISTICS])
         bad = (was_finite & ~is_finite).any()
         for name, kept in before.items():
             buffer = getattr(layer, name)
             buffer.data.copy_(torch.where(bad, kept, buffer))
-        if runs_again(layer):
+        if is_repeated(layer):
             return
         if self.skipped.device != bad.device:
             self.skipped = self.skipped.to(bad.device)

@@ -14,7 +14,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching.changes import OFF, StandIns, changed, no_broadcast
+from batchnorm.tools.patching.attributes import (
+    FALSE_UNTIL_COPIED,
+    temporary_attributes,
+    without_buffer_broadcast,
+)
+from batchnorm.tools.patching.buffers import StandInBuffers
 from batchnorm.tools.patching.selection import Choice, batch_norms
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -49,9 +54,9 @@ def no_stats_update(model: nn.Module, layers: Choice = None) -> Iterator[None]:
     on = [layer for layer in chosen if layer.track_running_stats is not False]
     off = [layer for layer in chosen if layer.track_running_stats is False]
     with (
-        changed(on, track_running_stats=OFF),
-        changed(off, track_running_stats=False),
-        no_broadcast(model),
+        temporary_attributes(on, track_running_stats=FALSE_UNTIL_COPIED),
+        temporary_attributes(off, track_running_stats=False),
+        without_buffer_broadcast(model),
     ):
         yield
 
@@ -60,7 +65,7 @@ class Transaction:
     """Decides about the statistics that have moved since the last `commit`, or the beginning."""
 
     def __init__(self, layers: Iterable[_BatchNorm]) -> None:
-        self._stand_ins = StandIns(layers)
+        self._stand_ins = StandInBuffers(layers)
         self._is_rolled_back = False
         self._is_over = False
 
@@ -71,7 +76,7 @@ class Transaction:
             RuntimeError: The transaction is over.
         """
         self._check("commit")
-        self._stand_ins.keep()
+        self._stand_ins.commit()
         self._is_rolled_back = False
 
     def rollback(self) -> None:
@@ -81,11 +86,11 @@ class Transaction:
             RuntimeError: The transaction is over.
         """
         self._check("rollback")
-        self._stand_ins.take_back()
+        self._stand_ins.rollback()
         self._is_rolled_back = True
 
     def _end(self, *, failed: bool) -> None:
-        self._stand_ins.leave(keep=not (failed or self._is_rolled_back))
+        self._stand_ins.end(commit=not (failed or self._is_rolled_back))
         self._is_over = True
 
     def _check(self, what: str) -> None:
