@@ -184,7 +184,10 @@ def hands_out_objects(self, out, residual):
     return by_option(F.relu(out))
 
 
-def by_option(out, options=SimpleNamespace(double_it=True)):
+OPTIONS = SimpleNamespace(double_it=True)
+
+
+def by_option(out, options=OPTIONS):
     return 2 * out if options.double_it else out
 
 

@@ -34,7 +34,14 @@ class SavedTensors:
         would refuse the backward of a step whose buffers are written.
         """
         for tensor, value in self._saved:
-            tensor.data.copy_(value)
+            target = tensor.data
+            if target.layout is torch.strided:
+                for dim, (size, stride) in enumerate(
+                    zip(target.shape, target.stride(), strict=True)
+                ):
+                    if size > 1 and stride == 0:  # All elements of an expanded tensor are one.
+                        target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+            target.copy_(value)
 
 
 class SavedBuffers:
