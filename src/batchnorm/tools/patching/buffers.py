@@ -35,12 +35,10 @@ class SavedTensors:
         """
         for tensor, value in self._saved:
             target = tensor.data
-            if target.layout is torch.strided:
-                for dim, (size, stride) in enumerate(
-                    zip(target.shape, target.stride(), strict=True)
-                ):
-                    if size > 1 and stride == 0:  # All elements of an expanded tensor are one.
-                        target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+            strides = target.stride() if target.layout is torch.strided else ()
+            for dim, stride in enumerate(strides):
+                if stride == 0 and target.shape[dim] > 1:  # Expanded: all elements are one.
+                    target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
             target.copy_(value)
 
 
