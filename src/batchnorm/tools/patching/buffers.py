@@ -34,7 +34,12 @@ class SavedTensors:
         would refuse the backward of a step whose buffers are written.
         """
         for tensor, value in self._saved:
-            tensor.data.copy_(value)
+            target = tensor.data
+            strides = target.stride() if target.layout is torch.strided else ()
+            for dim, stride in enumerate(strides):
+                if stride == 0 and target.shape[dim] > 1:  # Expanded: all elements are one.
+                    target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+            target.copy_(value)
 
 
 class SavedBuffers:
