@@ -108,16 +108,29 @@ def test_the_direct_apply_is_that_of_torch():
 
 
 def test_global_hooks_are_listed():
-    assert torch_internals.global_module_hooks() == []
+    assert torch_internals.global_hooks() == []
 
     def hook(module, args, output):
         return None
 
     handle = register_module_forward_hook(hook)
     try:
-        assert torch_internals.global_module_hooks() == [hook]
+        assert torch_internals.global_hooks() == [hook]
     finally:
         handle.remove()
+
+
+def test_hooks_of_a_module_are_seen():
+    for register in (
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ):
+        layer = torch.nn.Linear(2, 2)
+        assert not torch_internals.has_hooks(layer)
+        getattr(layer, register)(lambda *_: None)
+        assert torch_internals.has_hooks(layer), register
 
 
 def test_refused_writes_are_told_apart():

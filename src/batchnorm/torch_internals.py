@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function, Variable, forward_ad
 from torch.nn.modules import module as torch_module
 
@@ -49,6 +49,9 @@ _top_hooks: Callable[[bool], object] = _private(
 _graph_task: Callable[[], int] = _private(
     "_C._current_graph_task_id", lambda: -1, "recomputed forward passes count as new batches"
 )
+
+# Hooks on calls and on gradients: attributes of a module, and of torch's module of modules.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Whether a tensor has memory of its own; wrappers of transforms have none.
 has_storage: Callable[[Tensor], bool] = _private(
@@ -91,12 +94,18 @@ def direct_apply(function: type[Function]) -> Callable[..., Any]:
 
 
 def backward_pass_id() -> int:
-    """Number of the backward pass that runs on this thread; -1 outside of one."""
+    """Number of the backward pass that runs on this thread; -1 outside of one.
+
+    ``torch.utils.checkpoint`` asks the same.
+    """
     return _graph_task()
 
 
 def when_backward_pass_ends(callback: Callable[[], None]) -> None:
-    """Runs ``callback`` when the backward pass of this thread has ended without an error.
+    """Calls ``callback`` at the end of the backward pass that runs on this thread.
+
+    Autograd does not call it if the pass fails, but drops it in both cases.
+    ``DistributedDataParallel`` finishes its work in this way.
 
     Raises:
         RuntimeError: No backward pass runs.
@@ -105,12 +114,14 @@ def when_backward_pass_ends(callback: Callable[[], None]) -> None:
     engine.queue_callback(callback)
 
 
-def global_module_hooks() -> list[Callable[..., Any]]:
-    """The hooks of all modules (``register_module_forward_hook`` and its kin)."""
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    return [
-        hook for kind in kinds for hook in getattr(torch_module, f"_global_{kind}_hooks").values()
-    ]
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of this module, or to its gradients."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def global_hooks() -> list[Callable[..., Any]]:
+    """The hooks that run for every module (``register_module_forward_hook`` and its kin)."""
+    return [hook for kind in _HOOKS for hook in getattr(torch_module, f"_global{kind}").values()]
 
 
 def is_write_into_captured(error: RuntimeError) -> bool:
