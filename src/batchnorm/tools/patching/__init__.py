@@ -16,9 +16,8 @@ from batchnorm.tools.patching.buffers import (
     StandInBuffers,
     work_on_copies,
 )
-from batchnorm.tools.patching.changes import Statistics, changed, no_broadcast
 from batchnorm.tools.patching.handle import Handle
-from batchnorm.tools.patching.inputs import input_of, listen
+from batchnorm.tools.patching.inputs import listen
 from batchnorm.tools.patching.methods import ReplacedMethod, install
 from batchnorm.tools.patching.recomputation import (
     RecomputationHook,
@@ -28,19 +27,15 @@ from batchnorm.tools.patching.recomputation import (
 )
 from batchnorm.tools.patching.selection import (
     FROZEN_MARK,
-    Choice,
     LayerSelection,
     batch_norms,
     has_running_statistics,
     is_frozen,
-    is_held,
-    keeps_statistics,
 )
 
 __all__ = [
     "FALSE_UNTIL_COPIED",
     "FROZEN_MARK",
-    "Choice",
     "Handle",
     "LayerSelection",
     "RecomputationHook",
@@ -48,19 +43,13 @@ __all__ = [
     "SavedBuffers",
     "SavedTensors",
     "StandInBuffers",
-    "Statistics",
     "batch_norms",
-    "changed",
     "has_running_statistics",
-    "input_of",
     "install",
     "is_frozen",
-    "is_held",
     "is_recomputing",
     "is_repeated",
-    "keeps_statistics",
     "listen",
-    "no_broadcast",
     "temporary_attributes",
     "updates_suppressed",
     "without_buffer_broadcast",

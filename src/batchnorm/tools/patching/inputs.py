@@ -60,11 +60,3 @@ class _InputHook:
             f"{self._caller}: layer {self._name!r} ({type(layer).__name__}) is called without a "
             "tensor; give it its input."
         )
-
-
-def input_of(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, caller: str
-) -> Tensor:
-    """Old name, for tools that are not rewritten yet."""
-    key = _InputHook(name, lambda *_: None, caller)._key_of_input(layer, args, kwargs)
-    return args[key] if isinstance(key, int) else kwargs[key]

@@ -101,6 +101,3 @@ def _hook_of_this_pass() -> RecomputationHook:
         weakref.finalize(marker, stack.close)
         when_backward_pass_ends(marker)
     return _hooks[place]
-
-
-Quieting = RecomputationHook  # old name, for tools that are not rewritten yet

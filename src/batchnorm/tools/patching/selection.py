@@ -107,9 +107,3 @@ def _listed(found: dict[str, _BatchNorm]) -> str:
     names = [repr(name) for name in found]
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-# Old names, for tools that are not rewritten yet.
-Choice = LayerSelection
-keeps_statistics = has_running_statistics
-is_held = is_frozen
