@@ -1,5 +1,5 @@
 """Follows data through a model: `tracing.trace` turns a forward into a graph.
 
-`assumptions` collects the conditions under which the graph is valid. What is done with a graph, such
-as fusing layers, belongs to the tool that does it.
+`assumptions` collects the conditions under which the graph is valid. Changes of a graph, such as
+fused layers, belong to the tool that makes them.
 """

@@ -1,9 +1,9 @@
 """Records what a forward calls and reads while it is traced.
 
-A graph records what happens to tensors. Everything else the forward looks at (flags, attributes, the
-clock) would silently become a constant of it. So each function that the forward calls and
-each attribute that it reads must be known to be harmless, or becomes a condition of the trace, or
-the forward is refused with a reason.
+A graph records what happens to tensors. Everything else that the forward looks at (flags,
+attributes, the clock) would silently become a constant of it. So each function that the forward
+calls and each attribute that it reads must be known to be harmless, or becomes a condition of the
+trace, or the forward is refused with a reason.
 """
 
 from __future__ import annotations
