@@ -144,9 +144,8 @@ class _InPlace:
     """``x += y`` on a traced tensor, which fx would record as ``x = x + y``."""
 
     def __init_subclass__(cls) -> None:
-        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
-            setattr(cls, f"__i{name}__", _recorded(getattr(operator, f"i{name}")))
-        for name in ("and", "or", "xor", "lshift", "rshift"):
+        arithmetic = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+        for name in (*arithmetic, "and", "or", "xor", "lshift", "rshift"):
             setattr(cls, f"__i{name}__", _recorded(getattr(operator, f"i{name}")))
 
 
@@ -230,20 +229,20 @@ def _observed_class(
 
     @no_type_check  # as in `_recorded`
     def read(module: nn.Module, name: str) -> Any:
-        is_watched = sys._getframe(1).f_code in assumptions.watched
-        try:
-            value = kind.__getattribute__(module, name)
-        except AttributeError:
-            if is_watched:
-                assumptions.record_read(module, name, _registered(module, name))
-            raise
-        if is_watched:
+        value = kind.__getattribute__(module, name)
+        if sys._getframe(1).f_code in assumptions.watched:
             assumptions.record_read(module, name, value)
         return value
 
     @no_type_check
     def read_registered(module: nn.Module, name: str) -> Any:
-        return tracer.tensor(kind.__getattr__(module, name))
+        value = None
+        try:
+            value = kind.__getattr__(module, name)
+        finally:
+            if sys._getframe(1).f_code in assumptions.watched:
+                assumptions.record_read(module, name, value)  # None: the attribute is missing.
+        return tracer.tensor(value)
 
     @no_type_check
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -252,10 +251,3 @@ def _observed_class(
     body = {"__getattribute__": read, "__getattr__": read_registered, "__call__": call}
     bases = (_SilentBase, kind)
     return types.new_class(kind.__name__, bases, exec_body=lambda names: names.update(body))
-
-
-def _registered(module: nn.Module, name: str) -> Any:
-    for kind in ("_parameters", "_buffers", "_modules"):
-        if name in module.__dict__[kind]:
-            return module.__dict__[kind][name]
-    return None

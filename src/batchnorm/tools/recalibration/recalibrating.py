@@ -35,6 +35,7 @@ from batchnorm.tools.recalibration.passes import (
     layer_by_layer,
 )
 from batchnorm.tools.recalibration.result import LayerChange, Recalibration
+from batchnorm.tools.wording import counted
 
 
 def recalibrate(
@@ -180,13 +181,12 @@ def _check_alike(of_ranks: list[tuple[tuple[str, ...], bool]]) -> None:
         if other != of_ranks[0]:
             raise ValueError(
                 "recalibrate: all ranks must give the same layers and the same sequential, and "
-                f"rank {rank} differs from rank 0 with {_described(*other)} against "
-                f"{_described(*of_ranks[0])}."
+                f"rank {rank} has {_described(*other)}, but rank 0 has {_described(*of_ranks[0])}."
             )
 
 
 def _described(names: tuple[str, ...], sequential: bool) -> str:
-    return f"{len(names)} layers" + (", sequential" if sequential else "")
+    return counted(len(names), "layer") + (" in sequence" if sequential else "")
 
 
 def _collectors(
