@@ -7,7 +7,7 @@ import importlib.util
 from torch import Tensor
 
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Stages
+from batchnorm.kernels.contract import Backend
 
 NAMES = ("numba", "reference")
 
@@ -23,7 +23,7 @@ else:
     _missing = None
 
 
-def choose(x: Tensor, name: str | None = None) -> Stages:
+def choose(x: Tensor, name: str | None = None) -> Backend:
     """The kernel module that will compute ``x``.
 
     Args:
@@ -73,7 +73,7 @@ def which_backend(x: Tensor, backend: str | None = None) -> str:
     """
     chosen = choose(x, backend)
     if numba_cpu is not None and chosen is numba_cpu:
-        return numba_cpu.explain(x)
+        return numba_cpu.describe(x)
     text = "The reference computes this input, in eager torch and float64."
     if backend is not None:
         return text
@@ -81,7 +81,7 @@ def which_backend(x: Tensor, backend: str | None = None) -> str:
     return f"{text} The Numba kernels cannot: {reason}."
 
 
-def _by_name(name: str) -> tuple[Stages | None, str | None]:
+def _by_name(name: str) -> tuple[Backend | None, str | None]:
     """The kernels of that name, or None and why there are none."""
     if name == "numba":
         return numba_cpu, _missing

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from batchnorm.kernels import dispatch, reference
-from batchnorm.kernels.contract import Gate, Running, statistics_dtype
+from batchnorm.kernels.contract import ReluGate, Running, statistics_dtype
 from batchnorm.kernels.geometry import is_channels_last
 from batchnorm.nn import operators
 
@@ -268,7 +268,7 @@ def _gradients(
     if not fixed:
         batch = reference.moments(x)
         mean, var = batch.mean, batch.var
-    gate = Gate(bias, mask) if relu else None
+    gate = ReluGate(bias, mask) if relu else None
     return reference.backward(grad_output, x, mean, var, eps, weight, gate, fixed=fixed)
 
 

@@ -130,7 +130,7 @@ def compute(
     if running is not None:
         if not running.moved:
             _move(running, Moments(x.numel() // x.shape[1], mean, var))
-        if plain and (running.overflown or not running.moved):
+        if plain and (running.overflowed or not running.moved):
             operators.warn_of_overflow(x, var)
     elif counter is not None:
         count_batch(counter)

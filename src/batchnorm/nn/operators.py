@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import dispatch
-from batchnorm.kernels.contract import Gate, Running, statistics_dtype
+from batchnorm.kernels.contract import ReluGate, Running, statistics_dtype
 from batchnorm.kernels.geometry import mask_size
 
 _LIBRARY = torch.library.Library("batchnorm", "DEF")
@@ -129,7 +129,7 @@ def backward(
         layouts of ``torch.empty_like(x)`` and ``torch.empty_like(grad_output)``; the last one is
         None without a mask: then it is ``grad_output``.
     """
-    gate = Gate(bias, mask) if relu else None
+    gate = ReluGate(bias, mask) if relu else None
     grads = dispatch.choose(x, backend).backward(
         grad_output, x, mean, var, eps, weight, gate, fixed=fixed
     )
