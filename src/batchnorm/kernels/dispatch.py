@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Gate, Running, Stages, statistics_dtype
+from batchnorm.kernels.contract import LARGEST_FLOAT32, Backend, ReluGate, Running, statistics_dtype
 
 NAMES = ("numba", "reference")
-_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 # Imported here and not in the first call that needs it.
 try:
@@ -56,7 +55,7 @@ class Call(NamedTuple):
     backend: str | None
 
 
-def choose(x: Tensor, name: str | None = None) -> Stages:
+def choose(x: Tensor, name: str | None = None) -> Backend:
     """Chooses the backend that computes ``x``: the fastest that can, or the one named.
 
     Raises:
@@ -98,7 +97,7 @@ def describe(x: Tensor, name: str | None = None) -> str:
     """
     chosen = choose(x, name)
     if numba_cpu is not None and chosen is numba_cpu:
-        return numba_cpu.explain(x)
+        return numba_cpu.describe(x)
     text = "The reference computes this input, in eager torch and float64."
     if name is not None:
         return text
@@ -172,7 +171,7 @@ def backward(
         layouts of ``torch.empty_like(x)`` and ``torch.empty_like(grad_output)``; the last one is
         None without a mask: then it is ``grad_output``.
     """
-    gate = Gate(bias, mask) if relu else None
+    gate = ReluGate(bias, mask) if relu else None
     grads = choose(x, name).backward(grad_output, x, mean, var, eps, weight, gate, fixed=fixed)
     grad_residual = grads.residual
     if grad_residual is not None:
@@ -185,7 +184,7 @@ def warn_of_overflow(x: Tensor, var: Tensor) -> None:
     if x.dtype == torch.float64 or x.device.type != "cpu":
         return
     largest = var.nan_to_num(nan=0, posinf=math.inf).max().item()
-    if largest > _LARGEST_FLOAT32:
+    if largest > LARGEST_FLOAT32:
         warnings.warn(
             f"batch_norm: the variance of a channel is {largest:.1e}, more than float32 can hold: "
             "the output is right, but a float32 running_var becomes inf; scale the input down.",
@@ -201,7 +200,7 @@ def _in_layout_of(like: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
-def _by_name(name: str) -> tuple[Stages | None, str | None]:
+def _by_name(name: str) -> tuple[Backend | None, str | None]:
     """The backend of that name, or None and the reason why it is missing."""
     if name == "numba":
         return numba_cpu, _missing

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from batchnorm import torch_internals
 from batchnorm.kernels import dispatch, reference
-from batchnorm.kernels.contract import Gate, Running, statistics_dtype
+from batchnorm.kernels.contract import ReluGate, Running, statistics_dtype
 from batchnorm.kernels.dispatch import Call
 from batchnorm.kernels.geometry import is_channels_last
 from batchnorm.nn import operators as operators  # Defines torch.ops.batchnorm.
@@ -195,7 +195,7 @@ def _gradients(
         if not fixed:
             batch = reference.moments(x)
             mean, var = batch.mean, batch.var
-        gate = Gate(bias, mask) if relu else None
+        gate = ReluGate(bias, mask) if relu else None
         return reference.backward(grad_output, x, mean, var, eps, weight, gate, fixed=fixed)
     by_python = saved.direct and route is Route.DIRECT
     backward: Any = dispatch.backward if by_python else torch.ops.batchnorm.backward

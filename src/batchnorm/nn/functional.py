@@ -154,7 +154,7 @@ def _batch_norm(
     if running is not None:
         if not running.moved:
             _update(running, Moments(x.numel() // x.shape[1], mean, var))
-        if route is Route.DIRECT and (running.overflown or not running.moved):
+        if route is Route.DIRECT and (running.overflowed or not running.moved):
             dispatch.warn_of_overflow(x, var)
     elif counter is not None:
         count_batch(counter)
