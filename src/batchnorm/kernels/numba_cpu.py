@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm.kernels import parallel
 from batchnorm.kernels.compiled.compiling import ELEMENTS
-from batchnorm.kernels.compiled.plans import Options, plan, shares_channels
+from batchnorm.kernels.compiled.plans import Options, Pass, Plan, plan, shares_channels
 from batchnorm.kernels.compiled.task import Addresses
 from batchnorm.kernels.contract import Gradients, ReluGate, Running
 from batchnorm.kernels.geometry import geometry_of, is_channels_last, mask_size
@@ -72,7 +72,7 @@ def moments(x: Tensor) -> Moments:
     """Computes mean and biased variance of each channel, in float64."""
     x = _laid_out(x)
     mean, var = _new_statistics(x)
-    plan("forward", ("collect", "merge"), x, _FORWARD[False, False]).run(
+    _plan("forward", ("collect", "merge"), x, _FORWARD[False, False]).run(
         Addresses(x=x.data_ptr(), mean=mean.data_ptr(), var=var.data_ptr()), 0.0
     )
     return Moments(x.numel() // x.shape[1], mean, var)
@@ -207,7 +207,7 @@ def _normalize(
         var=var.data_ptr(),
     )
     options = _FORWARD[relu, single]
-    plan("forward", steps, x, options, optional=residual is not None).run(addresses, eps, running)
+    _plan("forward", steps, x, options, optional=residual is not None).run(addresses, eps, running)
     return y, mask
 
 
@@ -272,8 +272,16 @@ def _backward(
         mean_grad=_address(mean_grad),
         mean_grad_x_hat=_address(mean_grad_x_hat),
     )
-    plan("backward", steps, x, options, optional=mask is not None).run(addresses, eps)
+    _plan("backward", steps, x, options, optional=mask is not None).run(addresses, eps)
     return grad_x, grad_before_relu
+
+
+def _plan(
+    which: Pass, steps: tuple[str, ...], x: Tensor, options: Options, *, optional: bool = False
+) -> Plan:
+    """The plan for ``x``, which is laid out; from here on only shapes and addresses are passed."""
+    team = parallel.team_for(x.nbytes)
+    return plan(which, steps, x.shape, not x.is_contiguous(), x.dtype, optional, options, team)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from batchnorm.kernels import parallel
 from batchnorm.kernels.compiled import coefficients, planes
@@ -28,7 +27,7 @@ from batchnorm.kernels.compiled.task import (
 )
 from batchnorm.kernels.compiled.vectors import CACHE_LINE
 from batchnorm.kernels.contract import Running
-from batchnorm.kernels.geometry import Geometry, geometry_of_shape, is_channels_last
+from batchnorm.kernels.geometry import Geometry, geometry_of_shape
 
 Pass = Literal["forward", "backward"]
 
@@ -129,24 +128,8 @@ def _report_update(running: Running, block: _Block) -> None:
     )
 
 
-def plan(
-    which: Pass, steps: tuple[str, ...], x: Tensor, options: Options, *, optional: bool = False
-) -> Plan:
-    """Returns the plan for some steps, on as many threads as the size of ``x`` deserves.
-
-    Args:
-        which: The pass to which the steps belong.
-        steps: Some of `task.STEPS`, in the order in which they are done.
-        x: The input, contiguous or channels last.
-        options: Flags of the task.
-        optional: True if there is a residual, forward, or a mask, backward.
-    """
-    last, team = is_channels_last(x), parallel.team_for(x.nbytes)
-    return _plan(which, steps, x.shape, last, x.dtype, optional, options, team)
-
-
 @lru_cache(4096)
-def _plan(
+def plan(
     which: Pass,
     steps: tuple[str, ...],
     shape: torch.Size,
@@ -156,11 +139,21 @@ def _plan(
     options: Options,
     team: int,
 ) -> Plan:
-    """Makes a plan.
+    """Makes the plan for some steps, once for each kind of call.
 
     Where memory is the limit, threads share channels, and each does all steps for some channels
     while the L2 cache holds them. Elsewhere they share what lies one after the other in memory, one
     stage after the other.
+
+    Args:
+        which: The pass to which the steps belong.
+        steps: Some of `task.STEPS`, in the order in which they are done.
+        shape: Of the input.
+        channels_last: Whether the input is channels last; else it is contiguous.
+        dtype: Of the input.
+        optional: True if there is a residual, forward, or a mask, backward.
+        options: Flags of the task.
+        team: Number of threads to ask for.
     """
     geometry = geometry_of_shape(shape, channels_last=channels_last)
     collected = "collect" in steps
