@@ -110,6 +110,6 @@ def _calculate(expression: str) -> float:
     for sign, python in {"×": "*", "²": "**2", "√": "sqrt"}.items():
         expression = expression.replace(sign, python)
     try:
-        return eval(expression, {"sqrt": math.sqrt, "inf": math.inf, "nan": math.nan})
+        return float(eval(expression, {"sqrt": math.sqrt, "inf": math.inf, "nan": math.nan}))
     except ArithmeticError:
         return math.nan

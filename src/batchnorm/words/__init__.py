@@ -1,7 +1,7 @@
-"""All sentences that people read in more than one language: one JSON file per language.
+"""All sentences that people read in more than one language: a folder for each language.
 
-A file has one section per subject (``walkthrough``, ``report``) and in it the texts by key. Both
-languages have the same keys with the same placeholders.
+It has one JSON file per section (``walkthrough``, ``report``) with the texts by key. Both languages
+have the same keys with the same placeholders.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_texts(section: str, lang: str) -> dict[str, str]:
         raise ValueError(
             f"{section}: lang is one of {', '.join(LANGUAGES)}, got {lang!r}; pick one of them."
         )
-    return _read_file(lang)[section]
+    return _read_file(section, lang)
 
 
 @cache
@@ -70,6 +70,6 @@ def placeholders(text: str) -> frozenset[str]:
 
 
 @cache
-def _read_file(lang: str) -> dict[str, dict[str, str]]:
-    file = resources.files("batchnorm.words") / f"{lang}.json"
+def _read_file(section: str, lang: str) -> dict[str, str]:
+    file = resources.files("batchnorm.words") / lang / f"{section}.json"
     return json.loads(file.read_text(encoding="utf-8"))
