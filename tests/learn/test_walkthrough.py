@@ -332,6 +332,22 @@ def test_nothing_that_came_in_is_changed_or_shared() -> None:
         assert torch.equal(tensor, before[name])
 
 
+def test_a_step_prints_its_code_and_the_first_number() -> None:
+    data, mean, *_ = walkthrough(torch.tensor([[1.0], [3.0]]))
+    assert str(data) == "# X: (N, C) = (2, 1)"
+    assert str(mean) == "mean = X.mean(dim=0, keepdim=True)  # (1 + 3) / 2 ≈ 2.0000"
+
+
+def test_the_code_of_a_step_leaves_only_its_result_behind() -> None:
+    steps = by_name(walkthrough(**make_arguments(4)))
+    assert steps["Y_alone"].inputs.keys() == {"P", "gamma", "beta"}
+    assert list(steps["Y_alone"].intermediates) == ["alone", "mean", "var", "X_hat"]
+    assert steps["moving_mean"].inputs.keys() == {"moving_mean", "mean"}
+    old = make_arguments(4)["moving_mean"]
+    assert torch.equal(steps["moving_mean"].inputs["moving_mean"].flatten(), old)
+    assert torch.equal(steps["Y_moving"].inputs["moving_mean"], steps["moving_mean"].value)
+
+
 def test_a_step_cannot_be_changed() -> None:
     step = examples.walk("convolution")[0]
     with pytest.raises(FrozenInstanceError, match="cannot assign to field 'name'"):
