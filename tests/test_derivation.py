@@ -125,14 +125,17 @@ def test_the_mean_of_variances_is_too_small_by_the_variance_of_the_means(x: Tens
 
 def test_running_statistics(x: Tensor) -> None:
     mean, var, *_ = statistics(x)
-    m, old_mean, old_var = 0.2, torch.tensor([0.5]), torch.tensor([2.0])
-    found = moments.moved_running(
-        old_mean.double(), old_var.double(), reference.moments(channel(x)), m
-    )
-    close(found[0], vector((1 - m) * 0.5 + m * mean))
-    close(found[1], vector((1 - m) * 2.0 + m * N / (N - 1) * var))
-    counted = moments.weight_of_new_batch(None, torch.tensor(4))
-    close(counted, 1 / 5)
+    running_mean, running_var = torch.tensor([[0.5], [2.0]]).double()
+    batchnorm.batch_norm(channel(x), running_mean, running_var, training=True, momentum=0.2)
+    close(running_mean, vector(0.8 * 0.5 + 0.2 * mean))
+    close(running_var, vector(0.8 * 2.0 + 0.2 * N / (N - 1) * var))
+
+
+def test_the_cumulative_average_weighs_all_batches_alike(x: Tensor) -> None:
+    layer = batchnorm.BatchNorm1d(1, momentum=None).double()
+    for part in x.reshape(5, -1):
+        layer(channel(part))
+    close(layer.running_mean, vector(statistics(x)[0]))
 
 
 # 5. Backward, training

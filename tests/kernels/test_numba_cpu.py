@@ -12,8 +12,8 @@ from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Gate, Running, Stages
 from batchnorm.kernels.geometry import unpack
 from batchnorm.moments import Moments
-from batchnorm.moments import update_running as updated_by_torch
 from batchnorm.nn.functional import batch_norm
+from batchnorm.nn.running_statistics import update_running as updated_by_torch
 from cases import CASES, Case, arguments_of, laid_out
 from scales import assert_close_for, scales
 

@@ -42,8 +42,8 @@ class Gate(NamedTuple):
 class Running:
     """Running statistics that `forward` may move itself, while the batch's are at hand.
 
-    All are plain tensors. A module that moves them, by the formula and to the bits of
-    `batchnorm.moments.update_running`, says so in ``moved``; otherwise the caller does it.
+    All are ordinary tensors. A backend that updates them, with the formula and to the bits of
+    `batchnorm.nn.running_statistics.update_running`, sets ``moved``; otherwise the caller updates.
 
     Attributes:
         mean: Moves towards the batch's mean.

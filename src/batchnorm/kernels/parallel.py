@@ -25,6 +25,8 @@ from typing import Any
 import llvmlite.binding as llvm
 import torch
 
+from batchnorm import torch_internals
+
 # Less data than this is computed sooner than a team is woken.
 SERIAL_BELOW = 256 * 1024
 
@@ -190,7 +192,7 @@ def _torch_openmp() -> ctypes.CDLL | None:
     if sys.platform != "linux" or not torch.backends.openmp.is_available():
         return None
     # The linker's order: what the whole process shares, then what torch was linked with.
-    for path in (None, torch._C.__file__):
+    for path in (None, torch_internals.LIBRARY_FILE):
         library = ctypes.CDLL(path)
         if hasattr(library, "GOMP_parallel"):
             name = _file_at(_address(library.GOMP_parallel)).name
