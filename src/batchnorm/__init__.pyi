@@ -1,4 +1,5 @@
 from .allocation import keep_freed_memory as keep_freed_memory
+from .learn.walkthrough import walkthrough as walkthrough
 from .moments import Moments as Moments
 from .moments import merge_moments as merge_moments
 from .nn.functional import batch_norm as batch_norm
