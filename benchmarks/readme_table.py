@@ -117,8 +117,9 @@ def main() -> int:
         print("the tests are red; no times are written before they are green.", file=sys.stderr)
         return 1
 
-    from batchnorm.bench import chart as bench_chart
     from batchnorm.bench.truth import Disagreement
+
+    from batchnorm.bench import chart as bench_chart
 
     try:
         results = measured(arguments.seconds, arguments.threads)
