@@ -15,6 +15,9 @@ _POINT = re.compile(r"M (\S+ \S+) L \1(?= M|$)")
 _PIXELS = 1.6
 """Pixels of a file for each point of a figure."""
 
+_PADDING = 8.0
+"""Room around the figure of a file, in points."""
+
 _STYLE = (
     f"svg{{{css_variables(LIGHT)}}}"
     f"@media(prefers-color-scheme:dark){{svg{{{css_variables(DARK)}}}}}"
@@ -47,13 +50,22 @@ def embed(svg: str, description: str, variables: Mapping[str, str]) -> str:
 def as_file(svg: str) -> str:
     """Makes an SVG file out of an element from `embed`, light or dark as its reader prefers."""
     root = ElementTree.fromstring(svg)
-    _, _, *size = root.get("viewBox", "0 0 0 0").split()
-    width, height = (f"{_PIXELS * float(points):.0f}" for points in size)
+    left, top, width, height = map(float, root.get("viewBox", "0 0 0 0").split())
+    left, top = left - _PADDING, top - _PADDING
+    width, height = width + 2 * _PADDING, height + 2 * _PADDING
     del root.attrib["class"]
-    root.attrib.update({"xmlns": "http://www.w3.org/2000/svg", "width": width, "height": height})
+    root.attrib.update(
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"{left:g} {top:g} {width:g} {height:g}",
+            "width": f"{_PIXELS * width:.0f}",
+            "height": f"{_PIXELS * height:.0f}",
+        }
+    )
     style = Element("style")
     style.text = _STYLE
-    paper = Element("rect", {"width": "100%", "height": "100%", "style": "fill:var(--paper)"})
+    paper = Element("rect", {"x": f"{left:g}", "y": f"{top:g}", "width": "100%", "height": "100%"})
+    paper.set("style", "fill:var(--paper)")
     root[:0] = [style, paper]
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
