@@ -101,7 +101,7 @@ def test_the_tables_of_a_readme_have_the_step_and_every_question(name):
     assert "224×224" in header
     unit = words["seconds"].format(0.0121)
     assert rows == [
-        f"| {words['torch']} | {unit} | 38 % |",
+        f"| {words['torch']} | {unit} | 37 % |",
         f"| {words['batchnorm']} | {unit} | 12 % |",
         f"| {words['none']} | {unit} |  |",
     ]

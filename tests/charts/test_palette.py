@@ -42,6 +42,6 @@ def test_a_file_has_colors_for_both_schemes_and_room_around_the_figure():
     assert set(re.findall(r"var\(--([\w-]+)\)", text)) <= set(LIGHT)
     left, top, width, height = map(float, root.get("viewBox").split())
     assert (left, top) == (-8, -8)
-    assert (width, height) == (drawing.WIDTH + 16, drawing.HEIGHT + 16)
+    assert (width, height) == pytest.approx((drawing.WIDTH + 16, drawing.HEIGHT + 16))
     paper = root.find(f"{SVG}rect")
     assert (paper.get("x"), paper.get("y"), paper.get("style")) == ("-8", "-8", "fill:var(--paper)")

@@ -72,7 +72,7 @@ def _words(only: str) -> tuple[Word, ...]:
     from batchnorm.bench.cases import WORDS
 
     names = [name.strip() for name in only.split(",")]
-    words = tuple(word for name in names for word in WORDS if word == name)
+    words: tuple[Word, ...] = tuple(word for name in names for word in WORDS if word == name)
     if len(words) != len(names):
         raise TyperException(
             f"--only expects words out of {', '.join(WORDS)}, separated by commas, got {only!r}"
