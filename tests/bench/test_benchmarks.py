@@ -207,7 +207,7 @@ def test_recalibration_is_measured_against_the_true_statistics(capsys, monkeypat
         assert float(theirs) > 0.05
 
 
-def test_the_watched_step_is_the_plain_one_and_a_record():
+def test_the_watched_step_is_the_unwatched_one_and_a_record():
     from batchnorm.bench.clock import Timed
 
     done = []
