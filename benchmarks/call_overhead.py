@@ -1,4 +1,4 @@
-"""What one call costs when there is next to nothing to compute: a layer on (2, 4, 3, 3), in µs."""
+"""Measures the overhead of a call: a layer on a tiny input, in µs, ours beside torch's."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from batchnorm.allocation import keep_freed_memory
-from batchnorm.nets.norms import NormThen
 from batchnorm.nets.resnet import ResNet
 from batchnorm.tools.recalibration import recalibrate
 
@@ -164,7 +163,7 @@ def main(count: int = IMAGES, rounds: int = ROUNDS) -> None:
     """Prints the tables."""
     torch.manual_seed(0)
     keep_freed_memory()
-    model = ResNet(DEPTH, NormThen).train()
+    model = ResNet(DEPTH).train()
     data = images(count)
     shuffled = data[torch.randperm(count)]
     recalibrate(model, shuffled[: 2 * BATCH].split(BATCH))  # loads the compiled kernels

@@ -1,7 +1,7 @@
-"""How long a new process waits: imports, and the first call with and without compiled kernels.
+"""Measures how long a new process waits for imports and for the first call.
 
-Every figure is the median of several new processes. Cold: Numba's cache is an empty folder, so the
-kernels are compiled; warm: they are loaded from it.
+Each figure is the median of several new processes. Cold: the cache of compiled kernels is empty, so
+they are compiled. Warm: they are loaded from the cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STAGES = (
 
 
 def seconds(cache: str) -> list[float]:
-    """Seconds of each of `STAGES` in a new process."""
+    """Measures the seconds of each of `STAGES` in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE],
         env={**os.environ, "NUMBA_CACHE_DIR": cache},

@@ -70,9 +70,9 @@ def test_ranks_share_a_table_without_a_mean():
 
 
 def test_steps_show_what_the_norm_costs():
-    text = printed(results(steps=[step(), step("resnet18", share=None)]))
+    text = printed(results(steps=[step(), step("resnet18", share=0.5)]))
     assert line_with(text, "LeNet, 256 of 1×28×28")[4:] == ["8.80", "9.90", "12.1", "1.22", "31%"]
-    assert line_with(text, "ResNet-18, 256 of 3×64×64")[4:] == ["—", "9.90", "12.1", "1.22", "—"]
+    assert line_with(text, "ResNet-18, 256 of 3×224×224")[-1] == "50%"
 
 
 def test_kept_memory_is_per_byte_of_x():

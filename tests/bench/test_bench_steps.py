@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm2d
+from batchnorm import accelerate
 from batchnorm.bench import measure, steps
 from batchnorm.bench.cases import Plan
 from batchnorm.bench.clock import Effort
-from batchnorm.bench.truth import Disagreement
-from batchnorm.nets import norms
+from batchnorm.bench.expected import Disagreement
 from batchnorm.nets.resnet import ResNet
 
 
@@ -21,23 +20,23 @@ def count(model, kind):
     ("depth", "convolutions", "parameters"), [(18, 20, 11_689_512), (50, 53, 25_557_032)]
 )
 def test_a_resnet_is_the_paper_s(depth, convolutions, parameters):
-    for make in (norms.fused, norms.NormThen):
-        model = ResNet(depth, make, classes=1000)
-        assert sum(p.numel() for p in model.parameters()) == parameters
-        assert count(model, nn.Conv2d) == convolutions
-        assert count(model, nn.BatchNorm2d) == convolutions
+    model = ResNet(depth, classes=1000)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert count(model, nn.Conv2d) == convolutions
+    assert count(model, nn.BatchNorm2d) == convolutions
+    assert count(ResNet(depth, nn.Identity), nn.BatchNorm2d) == 0
 
 
 def test_ours_has_every_relu_and_every_addition_fused():
-    model = ResNet(18, norms.fused)
-    assert count(model, nn.ReLU) == 0
-    fused = [m for m in model.modules() if isinstance(m, BatchNorm2d) and m.activation == "relu"]
-    assert len(fused) == 1 + 2 * 8
+    done = accelerate(ResNet(18))
+    assert len(done.replaced) == 20
+    assert (len(done.relus), len(done.additions)) == (1 + 8, 8)
+    assert done.left == {}
 
 
 def test_images_shrink_as_in_the_paper():
     seen = []
-    model = ResNet(50, norms.NormThen)
+    model = ResNet(50)
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[1:])))
     with torch.no_grad():
@@ -50,20 +49,24 @@ def test_images_shrink_as_in_the_paper():
     ]
 
 
-@pytest.mark.parametrize(
-    ("net", "rivals"),
-    [
-        ("lenet", ["batchnorm", "torch", "none"]),
-        ("resnet18", ["batchnorm", "torch"]),
-        ("resnet50", ["batchnorm", "torch"]),
-    ],
-)
-def test_every_rival_starts_from_the_same_weights(net, rivals):
+@pytest.mark.parametrize("net", ["lenet", "resnet18"])
+def test_every_rival_starts_from_the_same_weights(net):
     found = steps.steps_of(net, batch=8)
-    assert list(found) == rivals
-    ours, theirs = (list(found[name].model.parameters()) for name in ("batchnorm", "torch"))
-    assert len(ours) == len(theirs)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert list(found) == ["batchnorm", "torch", "none"]
+    ours, theirs, without = (dict(step.model.named_parameters()) for step in found.values())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    norms = [module for module in found["none"].model.modules() if "Norm" in type(module).__name__]
+    assert norms == []
+    assert without
+    assert all(torch.equal(without[key], theirs[key]) for key in without)
+
+
+def test_resnet50_is_measured_at_the_size_of_imagenet():
+    setting = steps.SETTINGS["resnet50"]
+    assert (setting.batch, setting.image) == (8, (3, 224, 224))
+    assert count(setting.make(), nn.BatchNorm2d) == 53
+    assert count(setting.make_without_norm(), nn.BatchNorm2d) == 0
 
 
 def test_other_gradients_are_refused(monkeypatch):

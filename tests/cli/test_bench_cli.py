@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from batchnorm import cli
-from batchnorm.bench import cases, measure, truth
+from batchnorm.bench import cases, expected, measure
 from batchnorm.cli import measurement
 
 # typer demands the annotation typer.Context and hands over an object of another class.
@@ -40,11 +40,11 @@ def test_the_table_is_the_result(capsys, small_shapes, monkeypatch):
 
 
 def test_json_is_one_object_of_the_rows_asked_for(capsys, small_shapes):
-    asked = ["--only", "resnet50", "--variant", "relu", "--pass", "forward", "--pass", "eval"]
+    asked = ["--all", "--only", "resnet50, relu, nchw, float32, forward, eval"]
     code, out, _ = run(capsys, *asked, "--seconds", "0", "--threads", "1", "--json")
     assert code == 0
     results = json.loads(out)
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert {(row["variant"], row["pass"]) for row in results["rows"]} == {
         ("relu", "forward"),
         ("relu", "eval"),
@@ -67,14 +67,14 @@ def test_quick_measures_less_and_svg_draws_it(capsys, small_shapes, tmp_path):
 
 
 def test_disagreement_prints_no_table_and_exits_with_1(capsys, small_shapes, monkeypatch, tmp_path):
-    monkeypatch.setitem(truth.TOLERANCE, "float32", 1e-12)
+    monkeypatch.setitem(expected.TOLERANCE, "float32", 1e-12)
     path = tmp_path / "speed.svg"
     code, out, err = run(capsys, "--only", "nc", "--svg", path)
     assert (code, out) == (1, "")
     *sentences, last = err.splitlines()
     assert sentences
     for sentence in sentences:
-        assert sentence.startswith("batchnorm: nc 12x5 float32 nchw plain: ")
+        assert sentence.startswith("batchnorm: nc 12x5 float32 nchw bn: ")
         assert "of the largest value, 1e-12 is allowed." in sentence
     assert last == "batchnorm: no times are shown while results disagree."
     assert not path.exists()
@@ -82,7 +82,7 @@ def test_disagreement_prints_no_table_and_exits_with_1(capsys, small_shapes, mon
 
 def test_memory_that_cannot_be_kept_is_said(capsys, small_shapes, monkeypatch):
     monkeypatch.setattr(measurement, "keep_freed_memory", lambda: "the C library is not glibc")
-    _, _, err = run(capsys, "--only", "nc", "--pass", "eval", "--seconds", "0", "--json")
+    _, _, err = run(capsys, "--only", "nc,eval", "--seconds", "0", "--json")
     assert err == (
         "Freed memory is not kept, so large outputs cost page faults: the C library is not glibc.\n"
     )
@@ -91,11 +91,12 @@ def test_memory_that_cannot_be_kept_is_said(capsys, small_shapes, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--layout", "nhwc"], "'nhwc' is not one of 'nchw', 'channels_last'"),
-        (["--only", "vgg"], "'vgg' is not one of 'resnet50'"),
+        (["--only", "nc,vgg"], "--only expects words out of resnet50, lenet, nc, 1d, 3d, steps, "),
+        (["--only", "nc,nhwc"], "separated by commas, got 'nc,nhwc'."),
+        (["--only", ""], "separated by commas, got ''."),
         (["--seconds", "-1"], "Invalid value for '--seconds'"),
         (["--quick", "--all"], "--quick and --all exclude each other; choose one."),
-        (["--only", "nc", "--layout", "channels_last"], "no row fits all of these options"),
+        (["--only", "nc,channels_last"], "no row fits nc, channels_last; leave out a word"),
         (["--svg", "/nowhere/a.svg"], "--svg: there is no folder /nowhere."),
     ],
 )
@@ -117,9 +118,7 @@ def test_compile_without_a_compiler_is_refused(capsys, monkeypatch):
 def test_compile_is_one_more_rival(capsys, small_shapes, monkeypatch):
     monkeypatch.setattr(measurement, "_demand_compiler", lambda: None)
     monkeypatch.setattr("torch.nn.Module.compile", lambda self, **options: None)
-    code, out, _ = run(
-        capsys, "--compile", "--only", "nc", "--pass", "both", "--seconds", "0", "--json"
-    )
+    code, out, _ = run(capsys, "--compile", "--only", "nc,both", "--seconds", "0", "--json")
     assert code == 0
     (row,) = json.loads(out)["rows"]
     assert set(row["speedup"]) == {"torch", "compile"}

@@ -1,1 +1,4 @@
-"""Measurements against other batch norms: which rows, how they are timed, what they say."""
+"""Measures batch norm layers and training steps against others, and shows the results.
+
+The scripts that write the README and guard against regressions are in ``benchmarks/``.
+"""

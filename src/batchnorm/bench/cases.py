@@ -1,26 +1,35 @@
-"""What is measured: shapes, layouts, dtypes, variants, passes; and which of them when not asked."""
+"""The rows of a benchmark: shapes, layouts, dtypes, variants and passes, and the usual choice."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Group = Literal["resnet50", "lenet", "nc", "1d", "3d"]
 Layout = Literal["nchw", "channels_last"]
 Precision = Literal["float32", "bfloat16"]
-Variant = Literal["plain", "relu", "add-relu"]
+Variant = Literal["bn", "relu", "add-relu"]
 Pass = Literal["forward", "backward", "both", "eval"]
 Net = Literal["lenet", "resnet18", "resnet50"]
 Extent = Literal["quick", "usual", "all"]
+Word = Literal[Group, "steps", Layout, Precision, Variant, Pass]
+"""What a row may be selected by; ``steps`` are the training steps."""
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 PASSES: tuple[Pass, ...] = get_args(Pass)
-NETS: tuple[Net, ...] = get_args(Net)
+WORDS: tuple[Word, ...] = get_args(Word)
+
+NETS: dict[Extent, tuple[Net, ...]] = {
+    "quick": ("lenet",),
+    "usual": ("lenet", "resnet18"),
+    "all": ("lenet", "resnet18", "resnet50"),
+}
+"""Training steps by extent. One of ResNet-50 takes seconds."""
 
 Shape = tuple[int, ...]
 
@@ -37,8 +46,8 @@ SHAPES: dict[Group, tuple[Shape, ...]] = {
     "1d": ((64, 256, 1000),),
     "3d": ((4, 64, 16, 56, 56),),
 }
-"""The inputs of every batch norm layer of ResNet-50 at 32 images of 224 x 224, of d2l's LeNet at
-256, and one input each of other ranks."""
+"""The inputs of every batch norm layer of ResNet-50 for 32 images of 224 x 224, of d2l's LeNet for
+256 images, and one input each of other ranks."""
 
 QUICK_SHAPES: dict[Group, tuple[Shape, ...]] = {
     **SHAPES,
@@ -48,23 +57,23 @@ QUICK_SHAPES: dict[Group, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One input and one layer, whose passes are measured with the same tensors.
+    """One input and one layer, whose passes are measured on the same tensors.
 
-    Args:
-        group: Which list the shape is from.
+    Attributes:
+        group: The list that the shape is from.
         shape: Of the input, (N, C, ...).
         layout: Of the input in memory.
-        precision: Of the input; parameters are float32.
+        precision: The dtype of the input; parameters are float32.
         variant: Normalization alone, then ReLU, or then a residual added and ReLU.
-        passes: Which are measured. ``both`` is forward and backward; ``backward`` alone has the
-            forward outside of the clock; ``eval`` is inference without gradients.
+        passes: The measured ones. ``both`` is forward and backward; ``backward`` alone has the
+            forward pass outside of the clock; ``eval`` is inference without gradients.
     """
 
     group: Group
     shape: Shape
     layout: Layout = "nchw"
     precision: Precision = "float32"
-    variant: Variant = "plain"
+    variant: Variant = "bn"
     passes: tuple[Pass, ...] = PASSES
 
     def __str__(self) -> str:
@@ -73,19 +82,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What the user named; an empty choice is no choice."""
-
-    only: tuple[Group | Literal["steps"], ...] = ()
-    layouts: tuple[Layout, ...] = ()
-    precisions: tuple[Precision, ...] = ()
-    variants: tuple[Variant, ...] = ()
-    passes: tuple[Pass, ...] = ()
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What will be measured, in this order."""
+    """The cases and the training steps that will be measured, in this order."""
 
     cases: tuple[Case, ...]
     nets: tuple[Net, ...]
@@ -93,61 +91,77 @@ class Plan:
 
 _Kind = tuple[Layout, Precision, Variant, tuple[Pass, ...]]
 _USUAL: tuple[_Kind, ...] = (
-    ("nchw", "float32", "plain", PASSES),
+    ("nchw", "float32", "bn", PASSES),
     ("nchw", "float32", "relu", ("both",)),
     ("nchw", "float32", "add-relu", ("both",)),
-    ("channels_last", "float32", "plain", ("both",)),
-    ("nchw", "bfloat16", "plain", ("both",)),
+    ("channels_last", "float32", "bn", ("both",)),
+    ("nchw", "bfloat16", "bn", ("both",)),
+)
+_ALL: tuple[_Kind, ...] = tuple(
+    (layout, precision, variant, PASSES)
+    for layout in LAYOUTS
+    for precision in PRECISIONS
+    for variant in VARIANTS
 )
 
 
-def plan(selection: Selection, extent: Extent = "usual") -> Plan:
-    """The cases and nets that a selection stands for.
-
-    Nothing named: ResNet-50's shapes in `_USUAL` kinds, the other shapes in the first of them, and
-    the training steps. Any of layout, dtype, variant or pass named: every combination of what is
-    named, the rest plain NCHW in float32 and all passes, and no training steps unless they are
-    named too.
+def plan(extent: Extent = "usual", only: Collection[Word] = ()) -> Plan:
+    """Lists the rows of an extent, or those of them that are selected.
 
     Args:
-        selection: What the user named.
-        extent: ``quick`` takes three shapes of ResNet-50 and only LeNet's step; ``all`` takes
-            everything of what is not named.
+        extent: ``usual`` has ResNet-50's shapes in five kinds, the other shapes in the first of
+            these, and training steps of LeNet and ResNet-18. ``quick`` has three of ResNet-50's
+            shapes and LeNet's step. ``all`` has all shapes in all kinds and ResNet-50's step too.
+        only: Rows that are selected; empty for all. Words of one sort are alternatives
+            (``relu``, ``add-relu``), words of different sorts apply together (``relu``, ``eval``).
+
+    Raises:
+        ValueError: Rows were selected that the extent does not have.
     """
+    nets = NETS[extent] if not only or "steps" in only else ()
+    if set(only) == {"steps"}:
+        return Plan((), nets)
+    words = frozenset(only)
+    cases = tuple(found for case in _cases(extent) if (found := _selected(case, words)))
+    if not cases:
+        raise ValueError(
+            f"no row fits {', '.join(only)}; leave out a word, or choose from all rows with --all "
+            "(channels_last needs images)."
+        )
+    return Plan(cases, nets)
+
+
+def _cases(extent: Extent) -> list[Case]:
     shapes = QUICK_SHAPES if extent == "quick" else SHAPES
-    named = (selection.layouts, selection.precisions, selection.variants, selection.passes)
-    cases = tuple(
+    kinds = {group: _ALL if extent == "all" else _USUAL[:1] for group in GROUPS}
+    if extent != "all":
+        kinds["resnet50"] = _USUAL
+    return [
         Case(group, shape, *kind)
         for group in GROUPS
-        if not selection.only or group in selection.only
-        for kind in _kinds(selection, extent, group)
+        for kind in kinds[group]
         for shape in shapes[group]
         if kind[0] == "nchw" or len(shape) in (4, 5)
-    )
-    steps = "steps" in selection.only or not (selection.only or any(named))
-    return Plan(cases, (NETS[:1] if extent == "quick" else NETS) if steps else ())
-
-
-def _kinds(selection: Selection, extent: Extent, group: Group) -> Sequence[_Kind]:
-    named = (selection.layouts, selection.precisions, selection.variants, selection.passes)
-    if extent != "all" and not any(named):
-        return _USUAL if group == "resnet50" else _USUAL[:1]
-    rest = None if extent == "all" else 1
-    return [
-        (layout, precision, variant, selection.passes or PASSES)
-        for layout in selection.layouts or LAYOUTS[:rest]
-        for precision in selection.precisions or PRECISIONS[:rest]
-        for variant in selection.variants or VARIANTS[:rest]
     ]
 
 
+def _selected(case: Case, only: frozenset[Word]) -> Case | None:
+    """Returns the case with the selected passes; None if it is not selected."""
+    alternatives = ((case.group, (*GROUPS, "steps")), (case.layout, LAYOUTS))
+    alternatives += ((case.precision, PRECISIONS), (case.variant, VARIANTS))
+    if not all(value in only or only.isdisjoint(sort) for value, sort in alternatives):
+        return None
+    passes = tuple(p for p in case.passes if p in only or only.isdisjoint(PASSES))
+    return replace(case, passes=passes) if passes else None
+
+
 def least_bytes(case: Case, measured: Pass) -> int:
-    """Bytes that have to cross between memory and processor at least, each tensor counted once.
+    """Counts the bytes that must move between memory and processor at least, each tensor once.
 
     A channel's part of the input is read once if it stays in the cache between the statistics and
     the normalization. So forward reads the input and writes the output; backward reads the input
     and the output's gradient and writes the input's. An added residual is one more tensor to read,
-    and its gradient one more to write. ReLU costs nothing: its mask follows from the input.
+    and its gradient one more to write. ReLU adds nothing: its mask follows from the input.
     """
     tensor = math.prod(case.shape) * (2 if case.precision == "bfloat16" else 4)
     residual = case.variant == "add-relu"

@@ -1,50 +1,43 @@
-"""A benchmark as one bar chart, in an SVG file that stands alone."""
+"""Draws a benchmark as one bar chart, in an SVG file of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 from matplotlib.axes import Axes
 
 from batchnorm.bench.titles import NETS, RIVALS, ratio, short_title
-from batchnorm.charts import drawing
+from batchnorm.charts import drawing, embedding
 from batchnorm.charts.drawing import FONT, INK, MUTED, STYLES
-from batchnorm.charts.palette import DARK, LIGHT
 
 COLORS = {"batchnorm": STYLES[0].color, "compile": STYLES[1].color, "onednn": STYLES[2].color}
 BAR, GAP = 17.0, 12.0
-ENLARGED = 1.6
-
-STYLE = (
-    f"svg{{{LIGHT}}}@media(prefers-color-scheme:dark){{svg{{{DARK}}}}}"
-    "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans',sans-serif}"
-)
+"""Height of a bar and of the gap between two groups, in points."""
 
 
 @dataclass(frozen=True)
 class Bars:
-    """One kind of work: how many times as fast as torch each rival does it."""
+    """One kind of work, and the speed of each rival as a multiple of torch's."""
 
     name: str
     speeds: dict[str, float]
 
 
 def chart(results: Mapping[str, Any]) -> str:
-    """Draw how many times as fast as torch everyone is, kind by kind.
+    """Draws the speed of every rival as a multiple of torch's, for each kind of work.
 
     Args:
-        results: what `batchnorm bench --json` prints, schema 1.
+        results: The object that ``batchnorm bench --json`` prints.
 
     Returns:
-        A whole SVG file, light or dark as its reader prefers. The bars are geometric means over
+        An SVG file, light or dark as its reader prefers. The bars are geometric means over
         ResNet-50's shapes where they were measured, otherwise over the shapes of each group, and
         the training steps.
 
     Raises:
-        ValueError: nothing was measured.
+        ValueError: Nothing was measured.
     """
     bars = _bars(results)
     if not bars:
@@ -70,21 +63,7 @@ def chart(results: Mapping[str, Any]) -> str:
         top=22.0,
         height=58 + sum(heights),
     )
-    return standalone(svg)
-
-
-def standalone(svg: str) -> str:
-    """A file of its own from an element that expects its colours and its size from a page."""
-    root = ElementTree.fromstring(svg)
-    _, _, *size = root.get("viewBox", "0 0 0 0").split()
-    width, height = (f"{ENLARGED * float(points):.0f}" for points in size)
-    del root.attrib["class"]
-    root.attrib.update({"xmlns": "http://www.w3.org/2000/svg", "width": width, "height": height})
-    style = ElementTree.Element("style")
-    style.text = STYLE
-    paper = {"width": "100%", "height": "100%", "style": "fill:var(--paper)"}
-    root[:0] = [style, ElementTree.Element("rect", paper)]
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
+    return embedding.as_file(svg)
 
 
 def _bars(results: Mapping[str, Any]) -> list[Bars]:
@@ -98,7 +77,7 @@ def _bars(results: Mapping[str, Any]) -> list[Bars]:
 
 
 def _speeds(speedup: Mapping[str, float]) -> dict[str, float]:
-    """Speeds in torch's, from how much longer than ours each one takes."""
+    """Converts multiples of our time into multiples of torch's speed."""
     others = {name: speedup["torch"] / speedup[name] for name in COLORS if name in speedup}
     return {"batchnorm": speedup["torch"], **others}
 
@@ -111,7 +90,7 @@ def _paint_bars(axes: Axes, bars: Sequence[Bars], heights: Sequence[float]) -> N
             axes.barh(y, speed, height=BAR - 3, color=COLORS[rival], linewidth=0)
             axes.annotate(
                 f"{ratio(speed)}×",
-                (max(speed, 1), y),  # Beyond the line at torch's speed.
+                (max(speed, 1), y),  # right of the line that marks torch's speed
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",

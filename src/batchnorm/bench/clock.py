@@ -1,4 +1,4 @@
-"""Times rivals in turn, round by round, so that whatever slows the machine slows them all."""
+"""Times rivals in turn, round by round, so that a slower machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from itertools import cycle
 from typing import Any
 
 SHORTEST_SAMPLE = 200e-6
+"""Seconds. A call that is shorter is repeated, so that reading the clock costs under 0.1 %."""
+
 WARM_UP = 3
+"""Calls before the first round."""
 
 
 @dataclass(frozen=True)
 class Timed:
     """One thing to time.
 
-    Args:
-        call: What the clock measures; gets what ``prepare`` made. What it returns is freed outside
-            of the clock.
+    Attributes:
+        call: The measured function; its argument is the result of ``prepare``. Its own result is
+            freed outside of the clock.
         prepare: Runs before every call, outside of the clock.
     """
 
@@ -31,21 +34,21 @@ class Timed:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a row: at least so many rounds, and on until the time is up."""
+    """How long to measure a row: at least ``rounds``, and until ``seconds`` have passed."""
 
     seconds: float
     rounds: int
 
 
 def interleaved(rivals: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
-    """Seconds a call of each rival, one value a round.
+    """Measures seconds per call of each rival, one value a round.
 
-    A round times every rival once, in an order of `orders`; a rival too quick for the clock is
-    called several times a round, and the value is the mean of those calls.
+    A round times every rival once, in an order of `orders`. A call shorter than
+    ``SHORTEST_SAMPLE`` is repeated in a round, and the value is the mean of these calls.
 
     Args:
         rivals: By name.
-        effort: When to stop.
+        effort: Rounds and seconds to measure.
     """
     repeats = {name: _repeats(timed) for name, timed in rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in rivals}
@@ -60,9 +63,9 @@ def interleaved(rivals: Mapping[str, Timed], effort: Effort) -> dict[str, list[f
 
 
 def orders(names: Sequence[str]) -> list[list[str]]:
-    """Orders of rounds in which everyone follows everyone else equally often.
+    """Returns orders of rounds in which every rival follows every other equally often.
 
-    What ran before matters: it leaves the caches, and the memory that it freed, to the next one.
+    The previous call matters: its successor finds the caches and the freed memory that it left.
 
     Source:
         Williams (1949), "Experimental designs balanced for the estimation of residual effects of
@@ -75,7 +78,7 @@ def orders(names: Sequence[str]) -> list[list[str]]:
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles, in seconds, and how many rounds are behind them."""
+    """Returns the median and the quartiles, in seconds, and the number of rounds."""
     low, median, high = (
         statistics.quantiles(samples, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
     )

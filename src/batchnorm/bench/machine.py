@@ -1,4 +1,4 @@
-"""On what a measurement was made, and whether the machine was free."""
+"""Describes the machine of a measurement, and warns if it was busy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def describe() -> dict[str, Any]:
-    """The processor, threads and versions that decide how fast things are, and the load now."""
+    """Returns the processor, threads and versions that speed depends on, and the current load."""
     return {
         "processor": processor(),
         "cores": os.cpu_count() or 1,
@@ -27,7 +27,7 @@ def describe() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's own name, or its architecture where it has none to read."""
+    """Returns the name of the processor; its architecture where no name can be read."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
@@ -39,17 +39,17 @@ def processor() -> str:
 
 
 def load() -> float:
-    """Programs that wanted a core in the last minute, on average; 0 where nobody counts."""
+    """Returns the load average of the last minute; 0 where the system has none."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def warning(described: dict[str, Any]) -> str | None:
-    """One sentence if other programs keep more than half a core busy."""
+    """Returns one sentence if other programs keep more than half a core busy, otherwise None."""
     if described["load"] <= 0.5:
         return None
     return (
-        f"The load of this machine was {described['load']:.1f} when the measurement began: other "
-        "programs slow the rows unevenly, so trust the ratios more than the milliseconds."
+        f"The load of this machine was {described['load']:.1f} when the measurement began. Other "
+        "programs slow the rows unevenly: trust the ratios more than the milliseconds."
     )
 
 

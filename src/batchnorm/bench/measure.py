@@ -1,4 +1,4 @@
-"""Measures a plan: checks each row, times it, and gathers plain results for report and JSON."""
+"""Measures a plan: checks each row, times it, and gathers results as plain data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.bench import machine, summary, truth
+from batchnorm.bench import expected, machine, summary
 from batchnorm.bench.cases import Case, Net, Pass, Plan, least_bytes
 from batchnorm.bench.clock import Effort, interleaved
 from batchnorm.bench.clock import summary as summary_of
@@ -27,7 +27,7 @@ from batchnorm.bench.steps import SETTINGS, steps_of
 from batchnorm.version import __version__
 
 STEP_EFFORT = 5
-"""A training step gets so many times a row's seconds: the differences between steps are small."""
+"""Times the seconds of a row that a training step gets, because steps differ by a few per cent."""
 
 Announce = Callable[[str], None]
 
@@ -44,18 +44,18 @@ def measure(
 
     Args:
         plan: What to measure.
-        effort: How long each row.
-        threads: CPU threads of torch; None leaves them as they are.
+        effort: Rounds and seconds of each row.
+        threads: CPU threads of torch; None does not change them.
         compiled: Also torch's layers through ``torch.compile``, tens of seconds a case.
-        announce: Told the name of each case and net when its turn comes.
+        announce: Called with the name of each case and net before it is measured.
 
     Returns:
         ``schema``, ``batchnorm`` (the version), ``machine``, ``settings``, ``rows``, ``memory``,
-        ``steps``, and what `summary` derives: ``geometric_means`` and ``slower``. Times are in
-        seconds, traffic in bytes.
+        ``steps``, ``geometric_means`` and ``slower``, see `summary`. Times are in seconds, sizes
+        in bytes.
 
     Raises:
-        Disagreement: Somebody's numbers are not the truth's; nothing is timed from there on.
+        Disagreement: A rival's results are not the expected ones; no further row is timed.
         CompilerFailed: ``torch.compile`` failed on a case.
     """
     rows: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def measure(
             memory += saved
         steps = [_measure_net(net, effort, announce) for net in plan.nets]
     return {
-        "schema": 1,
+        "schema": 2,
         "batchnorm": __version__,
         "machine": described,
         "settings": {"seconds": effort.seconds, "rounds": effort.rounds, "compile": compiled},
@@ -84,10 +84,11 @@ def measure(
 def _measure_case(
     case: Case, effort: Effort, *, compiled: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    operands, true = truth.pose(case)
+    operands, answers = expected.problem(case)
     rivals = rivals_of(case, operands, compiled=compiled)
-    truth.check(case, {name: _answers(name, rival, case) for name, rival in rivals.items()}, true)
-    del true
+    got = {name: _answers(name, rival, case) for name, rival in rivals.items()}
+    expected.check(case, got, answers)
+    del answers, got
     place = _place(case)
     copy = copy_of(operands)
     rows = []
@@ -103,7 +104,7 @@ def _measure_case(
     return rows, [{**place, "tensor_bytes": tensor, "saved_bytes": saved}]
 
 
-def _answers(name: str, rival: Rival, case: Case) -> truth.Answers:
+def _answers(name: str, rival: Rival, case: Case) -> expected.Answers:
     try:
         return rival.answers(case)
     except RuntimeError as error:
@@ -126,7 +127,7 @@ def _place(case: Case) -> dict[str, Any]:
 
 
 def _derived(case: Case, measured: Pass, seconds: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row; useful bytes are the least possible ones, whoever moves more."""
+    """Computes the columns of a row; the bytes are the least possible ones for every rival."""
     least = least_bytes(case, measured)
     ours, copy = (seconds[name]["median"] for name in (OURS, COPY))
     others = [name for name in seconds if name not in (OURS, COPY)]

@@ -1,10 +1,11 @@
-"""Whole training steps: the same network with torch's layers, with ours and, LeNet, with none."""
+"""Whole training steps: one network with torch's layers, accelerated, and without batch norm."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,17 @@ from torch.nn import functional as F
 
 from batchnorm.bench.cases import Net
 from batchnorm.bench.clock import Timed
+from batchnorm.bench.expected import Disagreement
 from batchnorm.bench.rivals import OURS, TORCH
-from batchnorm.bench.truth import Disagreement
-from batchnorm.nets import norms
 from batchnorm.nets.lenet import lenet
 from batchnorm.nets.resnet import ResNet
+from batchnorm.tools.acceleration import accelerate
 
 NONE = "none"
-# How far from float64 gradients may be, as a share of their norm, and how many times torch's error.
+
 TOLERANCE, MARGIN = 1e-3, 3.0
+"""Our gradients may differ from float64's by ``TOLERANCE`` of their norm plus ``MARGIN`` times the
+error of torch's."""
 
 LEARNING_RATE = 1e-3
 
@@ -29,45 +32,31 @@ LEARNING_RATE = 1e-3
 class Setting:
     """How a net is measured.
 
-    Args:
+    Attributes:
         batch: Images a step.
         image: Their shape, (C, H, W).
-        make: Builds the net for each of the rivals, by name.
+        make: Builds the net with torch's layers.
+        make_without_norm: Builds the same net without batch norm.
     """
 
     batch: int
     image: tuple[int, int, int]
-    make: dict[str, Callable[[], nn.Module]]
+    make: Callable[[], nn.Module]
+    make_without_norm: Callable[[], nn.Module]
 
 
 SETTINGS: dict[Net, Setting] = {
-    "lenet": Setting(
-        256,
-        (1, 28, 28),
-        {
-            OURS: lambda: lenet("batchnorm"),
-            TORCH: lambda: lenet("torch"),
-            NONE: lambda: lenet("none"),
-        },
-    ),
-    "resnet18": Setting(
-        32,
-        (3, 64, 64),
-        {OURS: lambda: ResNet(18, norms.fused), TORCH: lambda: ResNet(18, norms.NormThen)},
-    ),
-    "resnet50": Setting(
-        32,
-        (3, 64, 64),
-        {OURS: lambda: ResNet(50, norms.fused), TORCH: lambda: ResNet(50, norms.NormThen)},
-    ),
+    "lenet": Setting(256, (1, 28, 28), partial(lenet, "torch"), partial(lenet, "none")),
+    "resnet18": Setting(32, (3, 64, 64), partial(ResNet, 18), partial(ResNet, 18, nn.Identity)),
+    "resnet50": Setting(8, (3, 224, 224), partial(ResNet, 50), partial(ResNet, 50, nn.Identity)),
 }
 
 
 class Step:
-    """Forward, loss, backward and one step of SGD on images that stay the same.
+    """Forward, loss, backward and one step of SGD, always on the same images.
 
     Args:
-        model: What is trained.
+        model: The model to train.
         images: Of shape (N, C, H, W).
         labels: Of shape (N,).
     """
@@ -79,12 +68,12 @@ class Step:
         self._optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
     def gradients(self) -> Tensor:
-        """All gradients of a first step, one after the other; no weight is changed."""
+        """Computes all gradients of a first step, concatenated; no weight changes."""
         self._backward()
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
     def timed(self) -> Timed:
-        """The step for the clock."""
+        """Returns the step for the clock."""
         return Timed(lambda _: self._step())
 
     def _step(self) -> None:
@@ -97,7 +86,7 @@ class Step:
 
 
 def steps_of(net: Net, batch: int | None = None) -> dict[str, Step]:
-    """The step of every rival, from the same weights on the same random images.
+    """Makes the step of every rival, with the same weights and the same random images.
 
     Args:
         net: Which network.
@@ -110,19 +99,24 @@ def steps_of(net: Net, batch: int | None = None) -> dict[str, Step]:
     random = torch.Generator().manual_seed(0)
     images = torch.randn(batch or setting.batch, *setting.image, generator=random)
     labels = torch.randint(10, (len(images),), generator=random)
-    models: dict[str, nn.Module] = {}
-    for name, make in setting.make.items():
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            models[name] = make()
-    true = Step(copy.deepcopy(models[TORCH]).double(), images.double(), labels).gradients()
+    torchs, without = _seeded(setting.make), _seeded(setting.make_without_norm)
+    ours = copy.deepcopy(torchs)
+    accelerate(ours)  # without an example: _check compares its gradients with float64's
+    true = Step(copy.deepcopy(torchs).double(), images.double(), labels).gradients()
+    models = {OURS: ours, TORCH: torchs, NONE: without}
     steps = {name: Step(model, images, labels) for name, model in models.items()}
     _check(net, steps[OURS].gradients(), steps[TORCH].gradients(), true)
     return steps
 
 
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return make()
+
+
 def _check(net: Net, ours: Tensor, torchs: Tensor, true: Tensor) -> None:
-    """A deep network magnifies rounding, ours and torch's alike: float64 is the judge of both."""
+    """Compares both with float64, because a deep network magnifies the rounding of both."""
     error, torchs_error = (float((got - true).norm() / true.norm()) for got in (ours, torchs))
     allowed = TOLERANCE + MARGIN * torchs_error
     if not error <= allowed:

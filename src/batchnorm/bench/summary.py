@@ -1,4 +1,4 @@
-"""What rows say together: geometric means, rows that lost, batch norm's share of a step."""
+"""Summarizes rows: geometric means, rows slower than torch's, the cost of the norm in a step."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 
 KIND = ("group", "layout", "dtype", "variant", "pass")
 CLEARLY = 1.05
+"""Times as long as torch's; a smaller difference is noise."""
 
 Row = Mapping[str, Any]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The n-th root of the product; NaN of nothing."""
+    """Computes the n-th root of the product; NaN without values."""
     logarithms = [math.log(value) for value in values]
     return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else math.nan
 
 
 def geometric_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Means over the shapes of one group, layout, dtype, variant and pass, in the rows' order.
+    """Computes means over the shapes of one group, layout, dtype, variant and pass, in row order.
 
     Returns:
-        For each such kind how many ``shapes`` it has, and the means of ``speedup`` (by rival),
+        For each such kind the number of ``shapes``, and the means of ``speedup`` (by rival),
         ``bytes_per_second``, ``of_copy_speed`` and ``to_copy_time``.
     """
     order = {kind: place for place, kind in enumerate(dict.fromkeys(map(kind_of, rows)))}
@@ -35,12 +36,12 @@ def geometric_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def kind_of(row: Row) -> tuple[str, ...]:
-    """What the rows of one mean have in common."""
+    """Returns what the rows of one mean have in common."""
     return tuple(row[key] for key in KIND)
 
 
 def slower(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows in which torch's own layer is faster than ours by more than 5 %."""
+    """Returns the rows in which torch's own layer is faster than ours by more than 5 %."""
     return [
         {**{key: row[key] for key in (*KIND, "shape")}, "speedup": row["speedup"]["torch"]}
         for row in rows
@@ -48,14 +49,15 @@ def slower(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def share_of_cost(seconds: Mapping[str, Mapping[str, float]]) -> float | None:
-    """What ours adds to a step without norm, over what torch's adds; None if that was not measured.
+def share_of_cost(seconds: Mapping[str, Mapping[str, float]]) -> float:
+    """Divides the time that our norm adds to a step without norm by the time that torch's adds.
 
     Args:
-        seconds: Summaries of ``batchnorm``, ``torch`` and perhaps ``none``.
+        seconds: Summaries of ``batchnorm``, ``torch`` and ``none``.
+
+    Returns:
+        NaN if torch's norm adds nothing that could be measured.
     """
-    if "none" not in seconds:
-        return None
     ours, theirs, none = (seconds[name]["median"] for name in ("batchnorm", "torch", "none"))
     return (ours - none) / (theirs - none) if theirs > none else math.nan
 

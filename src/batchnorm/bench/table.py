@@ -1,4 +1,4 @@
-"""A benchmark as tables for a terminal of 80 columns."""
+"""Lays a benchmark out as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from batchnorm.bench.titles import (
 )
 
 LISTED = 12
+"""Rows slower than torch's that are listed; the others are counted."""
+
 STEPS = "Training steps: forward, loss, backward, SGD · float32"
 MEMORY = "Saved for backward, x and all, in bytes per byte of x"
 
 NOTE = (
-    "Times are medians in milliseconds, ± half the spread of the middle half of the rounds; all "
-    "take turns in one process. × torch: torch's time over ours. GB/s: the least bytes that this "
-    "work must move, each tensor once, over our time. copy: that speed as a share of this "
-    "machine's own, y.copy_(x) with the same tensor in the same rounds; what fits the cache is "
-    "copied faster. cost: what our norm adds to a step without norm, in per cent of what torch's "
-    "adds."
+    "Times are medians in milliseconds, ± half the interquartile range of the rounds; all rivals "
+    "take turns in one process. × torch: torch's time over ours. GB/s: the bytes that this work "
+    "must move at least, each tensor once, over our time. copy: that speed as a share of the speed "
+    "of y.copy_(x) on the same tensor in the same rounds; a tensor that fits in the cache is "
+    "copied faster. cost: the time that our norm adds to a step without norm, in per cent of what "
+    "torch's adds."
 )
 
 
 def tables(results: Mapping[str, Any], warning: str | None = None) -> RenderableType:
-    """Everything measured: the machine, a table a kind of row, training steps, saved memory.
+    """Lays out the machine, one table for each kind of row, training steps and saved memory.
 
     Args:
-        results: What `batchnorm bench --json` prints, schema 1.
+        results: The object that ``batchnorm bench --json`` prints.
         warning: A sentence about the machine, shown at the top.
     """
     parts: list[RenderableType] = [Text(machine_line(results["machine"]))]
@@ -59,7 +61,7 @@ def tables(results: Mapping[str, Any], warning: str | None = None) -> Renderable
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """On what all of it was measured, in one line or two."""
+    """Describes the machine in one or two lines."""
     numba = f"numba {machine['numba']}" if machine["numba"] else "no numba"
     waiting = f" ({machine['wait_policy']})" if machine["wait_policy"] else ""
     return (
@@ -70,7 +72,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def _by_kind(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The rows of each table: those with the same title, in the order of the first of each."""
+    """Groups rows by title, in the order of the first row of each group."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(title(row), []).append(row)
@@ -80,7 +82,7 @@ def _by_kind(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
 def _mean(
     rows: Sequence[Mapping[str, Any]], means: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """The geometric mean of a table; None if it has one row, or rows of several groups."""
+    """Returns the geometric mean of a table; None if it has one row, or rows of several groups."""
     fitting = [mean for mean in means if title(mean) == title(rows[0])]
     return fitting[0] if len(fitting) == 1 and len(rows) > 1 else None
 
@@ -118,7 +120,7 @@ def _rows(rows: Sequence[Mapping[str, Any]], mean: Mapping[str, Any] | None) -> 
 
 
 def _speeds(row: Mapping[str, Any]) -> tuple[Text, str, str]:
-    """The last columns of a row or of a mean."""
+    """Formats the last columns of a row or of a mean."""
     useful = f"{row['bytes_per_second'] / 1e9:.1f}"
     return _speedup(row["speedup"]["torch"]), useful, f"{100 * row['of_copy_speed']:.0f}%"
 
@@ -126,12 +128,11 @@ def _speeds(row: Mapping[str, Any]) -> tuple[Text, str, str]:
 def _steps(steps: Sequence[Mapping[str, Any]]) -> Table:
     drawn = _table(["net and images", "no norm", "ours", "torch", "× torch", "cost"])
     for step in steps:
-        share = step["share_of_cost"]
         drawn.add_row(
             f"{NETS[step['net']]}, {step['batch']} of {shape(step['image'])}",
             *(_median(step["seconds"], name) for name in ("none", "batchnorm", "torch")),
             _speedup(step["speedup"]),
-            "—" if share is None else f"{100 * share:.0f}%",
+            f"{100 * step['share_of_cost']:.0f}%",
         )
     return drawn
 

@@ -1,4 +1,4 @@
-"""What the rows of a benchmark are called, and their times as text."""
+"""Names the rows of a benchmark and formats their times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GROUPS = {
 }
 _SHORT_GROUPS = {"lenet": "LeNet", "nc": "(N, C)", "1d": "1d", "3d": "3d"}
 LAYOUTS = {"nchw": "NCHW", "channels_last": "channels_last"}
-VARIANTS = {"plain": "BN", "relu": "BN + ReLU", "add-relu": "BN + add + ReLU"}
+VARIANTS = {"bn": "BN", "relu": "BN + ReLU", "add-relu": "BN + add + ReLU"}
 PASSES = {
     "forward": "forward",
     "backward": "backward",
@@ -32,7 +32,7 @@ RIVALS = {
 
 
 def title(kind: Mapping[str, Any]) -> str:
-    """Everything that the rows of one kind have in common: group, dtype, layout, variant, pass."""
+    """Names all that rows of one kind have in common: group, dtype, layout, variant, pass."""
     return (
         f"{GROUPS[kind['group']]} · {kind['dtype']} {LAYOUTS[kind['layout']]} · "
         f"{VARIANTS[kind['variant']]} · {PASSES[kind['pass']]}"
@@ -40,7 +40,7 @@ def title(kind: Mapping[str, Any]) -> str:
 
 
 def short_title(kind: Mapping[str, Any]) -> str:
-    """A title without what goes without saying: ResNet-50, NCHW, float32."""
+    """Names a kind of rows without the defaults: ResNet-50, NCHW, float32."""
     words = [] if kind["group"] == "resnet50" else [_SHORT_GROUPS[kind["group"]]]
     words.append(VARIANTS[kind["variant"]])
     words.append({"both": "fwd + bwd"}.get(kind["pass"], PASSES[kind["pass"]]))
@@ -52,16 +52,16 @@ def short_title(kind: Mapping[str, Any]) -> str:
 
 
 def shape(sizes: list[int]) -> str:
-    """The sizes of an input: 32×64×56×56."""
+    """Formats the sizes of an input: 32×64×56×56."""
     return "×".join(map(str, sizes))
 
 
 def milliseconds(seconds: float) -> str:
-    """A time with three digits: 0.0123, 1.23, 123."""
+    """Formats a time with three digits: 0.0123, 1.23, 123."""
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def ratio(value: float) -> str:
-    """How many times as fast, with two or three digits: 0.92, 2.31, 14.5."""
+    """Formats a ratio of speeds with two decimals, from 10 on with one: 0.92, 2.31, 14.5."""
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

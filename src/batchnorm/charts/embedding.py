@@ -1,4 +1,4 @@
-"""From the SVG file that matplotlib writes to a small <svg> element inside a page."""
+"""Turns the SVG file that matplotlib writes into a small element of a page, or a file again."""
 
 from __future__ import annotations
 
@@ -7,33 +7,71 @@ from collections.abc import Mapping
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from batchnorm.charts.palette import DARK, LIGHT, css_variables
+
 _NUMBER = re.compile(r"-?\d+\.\d+")
 _POINT = re.compile(r"M (\S+ \S+) L \1(?= M|$)")
 
+_PIXELS = 1.6
+"""Pixels of a file for each point of a figure."""
+
+_PADDING = 8.0
+"""Room around the figure of a file, in points."""
+
+_STYLE = (
+    f"svg{{{css_variables(LIGHT)}}}"
+    f"@media(prefers-color-scheme:dark){{svg{{{css_variables(DARK)}}}}}"
+    "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans','Noto Sans CJK SC',"
+    "sans-serif}"
+)
+
 
 def embed(svg: str, description: str, variables: Mapping[str, str]) -> str:
-    """Strip a file down to one element that takes its look from the page.
+    """Strips a file down to one element whose colors and fonts come from the page.
 
     Args:
-        svg: the file, as matplotlib wrote it.
-        description: what the picture shows, for those who do not see it.
-        variables: CSS variables by the colours (#rrggbb) that stand for them in the file.
+        svg: The file, as matplotlib wrote it.
+        description: Text for readers who cannot see the picture.
+        variables: CSS variables by the placeholder color (#rrggbb) that marks them in the file.
 
     Returns:
-        An <svg> element of class "chart" without namespaces, fonts, metadata or any size.
+        An ``<svg>`` element of class "chart" without namespaces, fonts, metadata or any size.
     """
     root = ElementTree.fromstring(svg)
     box = root.get("viewBox", "")
     for element in root.iter():
-        _plain(element, variables)
+        _simplify(element, variables)
     _prune(root)
     root.attrib.clear()
     root.attrib.update({"class": "chart", "viewBox": box, "role": "img", "aria-label": description})
     return ElementTree.tostring(root, encoding="unicode").replace("><", ">\n<")
 
 
-def _plain(element: Element, variables: Mapping[str, str]) -> None:
-    """Drop namespaces, ids of groups, white space and needless digits."""
+def as_file(svg: str) -> str:
+    """Makes an SVG file out of an element from `embed`, light or dark as its reader prefers."""
+    root = ElementTree.fromstring(svg)
+    left, top, width, height = map(float, root.get("viewBox", "0 0 0 0").split())
+    left, top = left - _PADDING, top - _PADDING
+    width, height = width + 2 * _PADDING, height + 2 * _PADDING
+    del root.attrib["class"]
+    root.attrib.update(
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"{left:g} {top:g} {width:g} {height:g}",
+            "width": f"{_PIXELS * width:.0f}",
+            "height": f"{_PIXELS * height:.0f}",
+        }
+    )
+    style = Element("style")
+    style.text = _STYLE
+    paper = Element("rect", {"x": f"{left:g}", "y": f"{top:g}", "width": "100%", "height": "100%"})
+    paper.set("style", "fill:var(--paper)")
+    root[:0] = [style, paper]
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _simplify(element: Element, variables: Mapping[str, str]) -> None:
+    """Removes namespaces, ids of groups, white space and needless digits."""
     element.tag = element.tag.rpartition("}")[2]
     element.text = (element.text or "").strip() or None
     element.tail = None
@@ -51,19 +89,19 @@ def _plain(element: Element, variables: Mapping[str, str]) -> None:
 
 
 def _style(style: str, variables: Mapping[str, str]) -> str:
-    """Keep a text's size and leave its family to the page; give colours their variables."""
-    kept = []
+    """Removes the font family and replaces placeholder colors with their variables."""
+    declarations = []
     for declaration in style.split(";"):
         key, _, value = (part.strip() for part in declaration.partition(":"))
         if key == "font" and (size := re.search(r"[\d.]+px", value)):
-            kept.append(f"font-size:{size[0]}")
+            declarations.append(f"font-size:{size[0]}")
         elif key != "font-family":
-            kept.append(f"{key}:{variables.get(value, value)}")
-    return ";".join(kept)
+            declarations.append(f"{key}:{variables.get(value, value)}")
+    return ";".join(declarations)
 
 
 def _prune(parent: Element) -> None:
-    """Drop what draws nothing, dissolve groups that say nothing, say once what is said often."""
+    """Removes invisible elements and groups without attributes, and shares a style in its group."""
     for child in list(parent):
         _prune(child)
         if child.tag in ("metadata", "style") or child.attrib.get("style") == "fill:none":

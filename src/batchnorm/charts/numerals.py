@@ -1,4 +1,4 @@
-"""Numbers as text, for people; a value that is not finite stays visible."""
+"""Formats numbers for people; NaN and infinity stay visible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def decimal(value: float, digits: int = 3) -> str:
-    """A number with this many decimals, or in scientific notation when it is large."""
+    """Formats a number with ``digits`` decimals, from 10,000 on in scientific notation."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -17,28 +17,28 @@ def decimal(value: float, digits: int = 3) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A fraction in per cent with one decimal: 0.742 -> 74.2%."""
+    """Formats a fraction in per cent with one decimal: 0.742 -> 74.2%."""
     text = decimal(100 * fraction, 1)
     return f"{text}%" if math.isfinite(fraction) else text
 
 
 def count(value: float | int) -> str:
-    """A whole number with thousands separated: 60000 -> 60,000."""
+    """Formats a whole number with thousands separated: 60000 -> 60,000."""
     return f"{value:,.0f}" if math.isfinite(value) else decimal(value)
 
 
 def short(value: float) -> str:
-    """A number with as few digits as it needs, for an axis or a setting: 0.5 -> 0.5, 2.0 -> 2."""
+    """Formats a number of an axis or a setting without needless digits: 0.5 -> 0.5, 2.0 -> 2."""
     return f"{value:g}".replace("-", "−") if math.isfinite(value) else decimal(value)
 
 
 def finite(values: Iterable[float]) -> list[float]:
-    """The finite ones among the values, in their order."""
+    """Returns the finite values, in their order."""
     return [value for value in values if math.isfinite(value)]
 
 
 def span(fractions: Iterable[float]) -> str:
-    """The range of some fractions in per cent: 69.5–87.5%; "NaN" when none is finite."""
+    """Formats the range of fractions in per cent: 69.5–87.5%; "NaN" if none is finite."""
     known = finite(fractions)
     if not known:
         return "NaN"
@@ -47,7 +47,7 @@ def span(fractions: Iterable[float]) -> str:
 
 
 def significant(value: float) -> str:
-    """A number with four significant digits, for a table."""
+    """Formats a number of a table with four significant digits."""
     if not math.isfinite(value):
         return decimal(value)
     return f"{value:#.4g}".rstrip(".").replace("-", "−")

@@ -1,4 +1,4 @@
-"""The axes of the charts: how far they reach, and where their ticks stand."""
+"""Chooses the limits and ticks of axes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from matplotlib.ticker import MaxNLocator
 from batchnorm.charts import numerals
 
 Tick = Callable[[float], str]
-ROUND = (1, 2, 2.5, 5, 10)  # the steps, times powers of ten, that a reader counts in
+ROUND = (1, 2, 2.5, 5, 10)  # steps between ticks, times powers of ten
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The axes of a chart by epoch: which epochs, which values, how a value is written."""
+    """Axes of a chart by epoch: the ranges of epochs and of values, and the format of a value."""
 
     epochs: tuple[int, int]
     values: tuple[float, float]
@@ -25,7 +25,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Scale:
-    """A horizontal axis for strips: where a value is drawn, and which place it is held against."""
+    """A horizontal axis of strips: maps values to places, and marks one place for reference."""
 
     place: Callable[[float], float]
     ticks: Callable[[tuple[float, float]], Sequence[float]]
@@ -34,25 +34,25 @@ class Scale:
 
 
 def log10(value: float) -> float:
-    """The decimal logarithm, NaN for what has none."""
+    """Returns the decimal logarithm, NaN for a value that has none."""
     return math.log10(value) if value > 0 and math.isfinite(value) else math.nan
 
 
 def even_ticks(bounds: tuple[float, float]) -> list[float]:
-    """About five round numbers at even distances within the bounds."""
+    """Returns about five round numbers at even distances within the bounds."""
     places = MaxNLocator(5, steps=ROUND).tick_values(*bounds)
     return [float(place) for place in places if bounds[0] <= place <= bounds[1]]
 
 
 def epoch_ticks(first: int, last: int) -> list[int]:
-    """At most six round epochs, or the only one."""
+    """Returns at most six round epochs; the first one if none is round."""
     steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
     step = next(step for step in steps if (last - first) // step < 6)
     return [epoch for epoch in range(first, last + 1) if epoch % step == 0] or [first]
 
 
 def ratio_ticks(bounds: tuple[float, float]) -> list[float]:
-    """Logarithms of a few round numbers within the bounds, themselves logarithms."""
+    """Returns the logarithms of a few round numbers; the bounds are logarithms too."""
     low, high = bounds
     if high - low < 1:
         return [math.log10(ratio) for ratio in even_ticks((10**low, 10**high)) if ratio > 0]
@@ -67,7 +67,7 @@ def ratio_ticks(bounds: tuple[float, float]) -> list[float]:
 
 
 def ratio_tick(power: float) -> str:
-    """A place on a logarithmic axis as the number that stands there."""
+    """Formats the number at a place on a logarithmic axis."""
     return numerals.short(float(f"{10**power:.3g}"))
 
 
@@ -77,12 +77,12 @@ RATIO = Scale(place=log10, ticks=ratio_ticks, tick=ratio_tick, reference=0.0)
 
 
 def percent_tick(fraction: float) -> str:
-    """A fraction on an axis, in per cent with as few digits as it needs."""
+    """Formats a fraction on an axis in per cent, without needless digits."""
     return f"{numerals.short(round(100 * fraction, 3))}%"
 
 
 def limits(values: Sequence[float], ceiling: float = math.inf) -> tuple[float, float]:
-    """Bounds of an axis that show every finite value with a little room, up to the ceiling."""
+    """Returns bounds that show every finite value with a little room, at most the ceiling."""
     known = numerals.finite(values) or [0.0, 1.0]
     low, high = min(known), max(known)
     room = 0.06 * (high - low) or 0.06 * abs(high) or 0.5

@@ -1,4 +1,4 @@
-"""Residual networks for small images, around any norm that takes a residual and may end in ReLU."""
+"""Residual networks written with ``torch.nn`` as their users write them, around any norm."""
 
 from __future__ import annotations
 
@@ -9,45 +9,48 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MakeNorm = Callable[..., nn.Module]
-"""``make(features, dims, relu=False)``, see `batchnorm.nets.norms`; the layer takes
-``(x, residual=None)``."""
+MakeNorm = Callable[[int], nn.Module]
+"""Makes the norm of an image with so many channels; ``nn.Identity`` makes none."""
 
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
 
 class Block(nn.Module):
-    """Convolutions around a shortcut; the last norm adds the shortcut and applies ReLU.
+    """Convolutions around a shortcut; ReLU follows the sum.
 
     Args:
         make: Makes the norms.
-        channels: Of the input, within the block, and of the output; as many within as at the output
-            makes the basic block of two convolutions, otherwise it is the bottleneck of three.
+        channels: Of the input, within the block, and of the output. If the last two are equal, this
+            is the basic block of two convolutions, otherwise the bottleneck of three.
         stride: Of the convolution that shrinks the image.
     """
 
     def __init__(self, make: MakeNorm, channels: tuple[int, int, int], stride: int) -> None:
         super().__init__()
-        given, inner, output = channels
-        last, first = (3, 3) if inner == output else (1, 1)
-        self.body = nn.Sequential(_conv(given, inner, first, stride if first == 3 else 1))
-        self.body.append(make(inner, 4, relu=True))
-        if inner != output:
-            self.body.append(_conv(inner, inner, 3, stride))
-            self.body.append(make(inner, 4, relu=True))
-        self.body.append(_conv(inner, output, last))
-        self.norm = make(output, 4, relu=True)
+        first, inner, output = channels
+        if inner == output:
+            self.body = nn.Sequential(*_conv_norm_relu(make, first, inner, 3, stride))
+        else:
+            self.body = nn.Sequential(
+                *_conv_norm_relu(make, first, inner, 1),
+                *_conv_norm_relu(make, inner, inner, 3, stride),
+            )
+        self.conv = _conv(inner, output, 3 if inner == output else 1)
+        self.norm = make(output)
         self.shortcut = nn.Sequential()
-        if stride > 1 or given != output:
-            self.shortcut.append(_conv(given, output, 1, stride)).append(make(output, 4))
+        if stride > 1 or first != output:
+            self.shortcut.append(_conv(first, output, 1, stride)).append(make(output))
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """``relu(norm(body(x)) + shortcut(x))``."""
-        return self.norm(self.body(x), self.shortcut(x))
+        """Computes ``relu(norm(conv(body(x))) + shortcut(x))``."""
+        output = self.norm(self.conv(self.body(x)))
+        output += self.shortcut(x)
+        return self.relu(output)
 
 
 class ResNet(nn.Module):
-    """ResNet-18 or ResNet-50, as it is for images of 224 x 224 but usable from 32 x 32 on.
+    """ResNet-18 or ResNet-50 for images of 224 x 224; it works from 32 x 32 on.
 
     Args:
         depth: 18 (basic blocks) or 50 (bottlenecks).
@@ -59,26 +62,34 @@ class ResNet(nn.Module):
         the 3 x 3 convolution has the stride, as in torchvision.
     """
 
-    def __init__(self, depth: Literal[18, 50], make: MakeNorm, classes: int = 10) -> None:
+    def __init__(
+        self, depth: Literal[18, 50], make: MakeNorm = nn.BatchNorm2d, classes: int = 10
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            _conv(3, 64, 7, 2), make(64, 4, relu=True), nn.MaxPool2d(3, 2, padding=1)
+            *_conv_norm_relu(make, 3, 64, 7, 2), nn.MaxPool2d(3, 2, padding=1)
         )
         self.blocks = nn.Sequential()
-        given, growth = 64, 1 if depth == 18 else 4
+        channels, growth = 64, 1 if depth == 18 else 4
         for stage, blocks in enumerate(BLOCKS[depth]):
             inner = 64 * 2**stage
             for number in range(blocks):
                 stride = 2 if stage > 0 and number == 0 else 1
-                self.blocks.append(Block(make, (given, inner, growth * inner), stride))
-                given = growth * inner
-        self.output = nn.Linear(given, classes)
+                self.blocks.append(Block(make, (channels, inner, growth * inner), stride))
+                channels = growth * inner
+        self.output = nn.Linear(channels, classes)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Scores."""
+        """Computes scores."""
         features = self.blocks(self.stem(images))
         return self.output(F.adaptive_avg_pool2d(features, 1).flatten(1))
 
 
 def _conv(given: int, output: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(given, output, size, stride, padding=size // 2, bias=False)
+
+
+def _conv_norm_relu(
+    make: MakeNorm, given: int, output: int, size: int, stride: int = 1
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return _conv(given, output, size, stride), make(output), nn.ReLU(inplace=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from batchnorm.charts.palette import DARK, LIGHT, css_variables
 from batchnorm.files import write_text
 
 
@@ -47,6 +48,8 @@ def render(results: Mapping, lang: str = "en") -> str:
     )
     return environment.get_template("report.html").render(
         say=say,
+        light=css_variables(LIGHT),
+        dark=css_variables(DARK),
         head=headline(edition),
         sections=[section for section in sections if section.panels],
     )

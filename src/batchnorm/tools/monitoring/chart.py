@@ -22,9 +22,6 @@ PANELS = (
     ("var_ratio", "batch's variance over the running one, furthest channel"),
     ("dead", "dead channels"),
 )
-_COLORS: dict[str, str] = {
-    name: color for name, _, color in (entry.partition(":") for entry in LIGHT.split(";"))
-}
 _SIZE = (7.2, 7.6)
 
 Record = Mapping[str, Any]
@@ -51,7 +48,7 @@ def chart(records: Sequence[Record]) -> Figure:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"text.parse_math": False, "svg.fonttype": "none"})
-        figure = Figure(figsize=_SIZE, facecolor=_COLORS["--paper"])
+        figure = Figure(figsize=_SIZE, facecolor=LIGHT["paper"])
         panels = figure.subplots(3, 1, sharex=True)
         figure.subplots_adjust(left=0.1, right=0.97, top=0.855, bottom=0.08, hspace=0.4)
         for axes, (key, title) in zip(panels, PANELS, strict=True):
@@ -92,12 +89,12 @@ def _worst(lines: Mapping[str, Lines]) -> list[str]:
 
 
 def _panel(axes: Axes, title: str, lines: Lines, styles: Mapping[str, Style]) -> None:
-    drawing.calm(axes, _COLORS["--rule"], _COLORS["--muted"], _COLORS["--grid"])
-    axes.set_facecolor(_COLORS["--paper"])
-    axes.set_title(title, loc="left", fontsize=drawing.FONT, color=_COLORS["--muted"])
+    drawing.calm(axes, LIGHT["rule"], LIGHT["muted"], LIGHT["grid"])
+    axes.set_facecolor(LIGHT["paper"])
+    axes.set_title(title, loc="left", fontsize=drawing.FONT, color=LIGHT["muted"])
     for layer, (steps, values) in lines.items():
         if layer not in styles:
-            axes.plot(steps, values, color=_COLORS["--rule"], linewidth=0.9)
+            axes.plot(steps, values, color=LIGHT["rule"], linewidth=0.9)
     for number, (layer, style) in enumerate(styles.items()):
         steps, values = lines[layer]
         axes.plot(
@@ -114,7 +111,7 @@ def _panel(axes: Axes, title: str, lines: Lines, styles: Mapping[str, Style]) ->
 
 def _scale(shift: Axes, ratio: Axes, dead: Axes) -> None:
     shift.set_ylim(bottom=0)
-    ratio.axhline(0, color=_COLORS["--muted"], linewidth=1, dashes=(3, 3))
+    ratio.axhline(0, color=LIGHT["muted"], linewidth=1, dashes=(3, 3))
     low, high = ratio.get_ylim()
     low, high = min(low, -0.31), max(high, 0.31)
     ticks = scales.ratio_ticks((low, high))
@@ -125,7 +122,7 @@ def _scale(shift: Axes, ratio: Axes, dead: Axes) -> None:
     for axes in (shift, dead):
         axes.yaxis.set_major_locator(MaxNLocator(4))
     dead.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    dead.set_xlabel("step", fontsize=drawing.FONT, color=_COLORS["--muted"], labelpad=5)
+    dead.set_xlabel("step", fontsize=drawing.FONT, color=LIGHT["muted"], labelpad=5)
 
 
 def _name_layers(
@@ -136,7 +133,7 @@ def _name_layers(
     handles = list(lines)
     if others > 0:
         names.append(counted(others, "other layer"))
-        handles.append(Line2D([], [], color=_COLORS["--rule"], linewidth=0.9))
+        handles.append(Line2D([], [], color=LIGHT["rule"], linewidth=0.9))
     figure.legend(
         handles,
         names,
@@ -144,10 +141,10 @@ def _name_layers(
         ncols=2,
         frameon=False,
         fontsize=drawing.FONT,
-        labelcolor=_COLORS["--ink"],
+        labelcolor=LIGHT["ink"],
         handlelength=4,
     )
 
 
 def _color(number: int) -> str:
-    return _COLORS[f"--line-{number + 1}"]
+    return LIGHT[f"line-{number + 1}"]

@@ -1,4 +1,4 @@
-"""The tensors of a case, and what every rival must make of them: torch in float64."""
+"""Makes the tensors of a case and the results that are expected of every rival, in float64."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from batchnorm.bench.cases import Case, Precision
 
 TOLERANCE: dict[Precision, float] = {"float32": 1e-4, "bfloat16": 2e-2}
-"""The largest error allowed, as a part of the largest value of the true tensor. In bfloat16 torch
-rounds after the norm and again after the addition."""
+"""The largest error allowed, relative to the largest expected value. In bfloat16 torch rounds after
+the norm and again after the addition."""
 
 MOMENTUM, EPS = 0.1, 1e-5
 
 Answers = dict[str, Tensor]
-"""Outputs, gradients and running statistics by what they are called in a message."""
+"""Outputs, gradients and running statistics by their names in messages."""
 
 
 class Disagreement(Exception):
-    """Rivals do not compute the same; every message is one sentence."""
+    """Rivals compute different results; ``sentences`` says which, one sentence each."""
 
     def __init__(self, sentences: list[str]) -> None:
         super().__init__("\n".join(sentences))
@@ -32,7 +32,7 @@ class Disagreement(Exception):
 
 @dataclass(frozen=True)
 class Operands:
-    """What every rival of a case gets."""
+    """The tensors on which every rival of a case computes."""
 
     x: Tensor
     weight: Tensor
@@ -43,11 +43,11 @@ class Operands:
     grad_output: Tensor
 
 
-def pose(case: Case, seed: int = 0) -> tuple[Operands, Answers]:
-    """Random operands and their true answers.
+def problem(case: Case, seed: int = 0) -> tuple[Operands, Answers]:
+    """Makes random operands and the answers that are expected.
 
-    Where ReLU's input is so close to zero that rounding may decide its sign, ``grad_output`` is
-    zero; so the gradients of all rivals can be compared everywhere.
+    ``grad_output`` is zero where the input of ReLU is so close to zero that rounding may decide its
+    sign, so that gradients can be compared everywhere.
 
     Args:
         case: Shape, layout, dtype, variant; answers are computed for its passes.
@@ -68,16 +68,18 @@ def pose(case: Case, seed: int = 0) -> tuple[Operands, Answers]:
     return operands, _answers(case, operands)
 
 
-def errors(got: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> dict[str, float]:
-    """The largest error of each answer, as a part of the largest true value; NaN if one is NaN."""
+def errors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns the largest error of each answer, relative to the largest expected value."""
     return {
         name: _largest(got[name].double() - answer) / max(_largest(answer), 1e-30)
-        for name, answer in true.items()
+        for name, answer in expected.items()
     }
 
 
-def check(case: Case, got: Mapping[str, Mapping[str, Tensor]], true: Mapping[str, Tensor]) -> None:
-    """Compares the answers of all rivals, by name, with the truth.
+def check(
+    case: Case, got: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Tensor]
+) -> None:
+    """Compares the answers of all rivals, by name, with the expected ones.
 
     Raises:
         Disagreement: An error is above `TOLERANCE`, or not a number.
@@ -87,7 +89,7 @@ def check(case: Case, got: Mapping[str, Mapping[str, Tensor]], true: Mapping[str
         f"{case}: {rival}'s {name} is off by {error:.1e} of the largest value, {allowed:.0e} is "
         "allowed."
         for rival, answers in got.items()
-        for name, error in errors(answers, true).items()
+        for name, error in errors(answers, expected).items()
         if not error <= allowed
     ]
     if sentences:
@@ -113,7 +115,7 @@ def _answers(case: Case, operands: Operands) -> Answers:
     def output(training: bool) -> tuple[Tensor, Tensor]:
         y = F.batch_norm(x, mean, var, weight, bias, training, MOMENTUM, EPS)
         before = y if residual is None else y + residual
-        return before, before if case.variant == "plain" else before.relu()
+        return before, before if case.variant == "bn" else before.relu()
 
     answers: Answers = {}
     if "eval" in case.passes:
@@ -122,7 +124,7 @@ def _answers(case: Case, operands: Operands) -> Answers:
     if set(case.passes) == {"eval"}:
         return answers
     before, y = output(True)
-    if case.variant != "plain":
+    if case.variant != "bn":
         unsure = before.detach().abs() < TOLERANCE[case.precision] * _largest(before)
         operands.grad_output.masked_fill_(unsure, 0)
     leaves = {"x": x, "weight": weight, "bias": bias}
