@@ -8,6 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import ranks
+
 if importlib.util.find_spec("numba"):
     # Numba cannot compile functions that are wrapped by checks at run time.
     from batchnorm.kernels import geometry, parallel  # noqa: F401
@@ -18,6 +20,11 @@ if importlib.util.find_spec("numba"):
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_sessionfinish():
+    """Ends the processes of distributed tests before coverage is collected."""
+    ranks.end()
 
 
 @pytest.fixture(scope="session")

@@ -40,39 +40,34 @@ def assert_rounded_once(got, exact, name):
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_training_is_torchs_in_float64_rounded_once(case):
-    arguments = arguments_of(case)
-    exact = results(torchs, arguments.widened(), case, True)
-    got = results(by_reference, arguments, case, True)
-    assert got.keys() == exact.keys()
-    for name in exact:
-        assert_rounded_once(got[name], exact[name], name)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_chosen_kernels_are_torchs_in_float64_up_to_rounding(case, training):
-    if not (training or case.statistics):
-        pytest.skip("inference needs statistics")
-    arguments = arguments_of(case)
+@pytest.mark.parametrize(
+    ("case", "training"),
+    [
+        pytest.param(case, training, id=f"{case}-{'training' if training else 'inference'}")
+        for case in CASES
+        for training in ((True, False) if case.statistics else (True,))
+    ],
+)
+def test_a_call_is_torchs(case, training):
+    """In float64, rounded once by the reference; and in the same dtype, layout and buffers."""
+    arguments, of_reference = arguments_of(case), arguments_of(case)
     sizes = scales(arguments, training)
     exact = results(torchs, arguments.widened(), case, training)
+    reference = results(by_reference, of_reference, case, training)
     got = results(ours, arguments, case, training)
+    assert got.keys() == reference.keys() == exact.keys()
     for name in exact:
+        assert_rounded_once(reference[name], exact[name], name)
         assert_close_for(sizes[name], got[name], exact[name], name)
 
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.statistics], ids=str)
-def test_inference_is_torchs_in_float64_rounded_once(case):
-    arguments = arguments_of(case)
-    before = arguments.running_mean.clone(), arguments.running_var.clone()
-    exact = results(torchs, arguments.widened(), case, False)
-    got = results(by_reference, arguments, case, False)
-    for name in exact:
-        assert_rounded_once(got[name], exact[name], name)
-    assert torch.equal(arguments.running_mean, before[0])
-    assert torch.equal(arguments.running_var, before[1])
+    x = arguments.x
+    for y in (got["y"], reference["y"]):
+        assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, torch.empty_like(x).stride())
+    if not training:
+        before = arguments_of(case)
+        for used in (arguments, of_reference):
+            assert torch.equal(used.running_mean, before.running_mean)
+            assert torch.equal(used.running_var, before.running_var)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -86,16 +81,6 @@ def test_as_torch_in_the_same_dtype(case, training):
         torch.testing.assert_close(
             got[name], expected[name], rtol=tolerance, atol=tolerance * (1 + scale)
         )
-        assert got[name].dtype == expected[name].dtype
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_keeps_shape_dtype_and_layout(case):
-    arguments = arguments_of(case)
-    for training in (True, False) if case.statistics else (True,):
-        y = ours(arguments, case, training)
-        assert (y.shape, y.dtype) == (arguments.x.shape, arguments.x.dtype)
-        assert y.stride() == torch.empty_like(arguments.x).stride()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (4, 0), (2, 3, 0), (0, 0)])
