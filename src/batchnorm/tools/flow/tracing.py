@@ -1,4 +1,4 @@
-"""Traces the forward of one module to a graph, with the conditions under which the graph is right.
+"""Traces the forward of one module to a graph, with the conditions under which it is valid.
 
 ``torch.fx`` brings the graph and the proxies. Its ``Tracer`` is not used, because it replaces
 methods of ``nn.Module`` for the whole process while it traces. Here only the traced module and the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from batchnorm.tools.flow.assumptions import Assumptions, Read, Unproven, finger
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward as a graph, right as long as its conditions hold.
+    """Graph of a forward, valid while its conditions are met.
 
     Attributes:
         graph: Every operation in order, each call of a module in the traced one as one node.
@@ -41,8 +42,10 @@ class Trace:
     children: tuple[str, ...]
     reads: tuple[Read, ...]
 
-    def holds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tells whether the graph computes what the forward would for this call."""
+    def is_valid_for(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Tells if the graph computes what the forward would for this call."""
         if kwargs or len(args) != len(self.arguments) or tuple(module._modules) != self.children:
             return False
         for argument, kind in zip(args, self.arguments, strict=True):
@@ -148,7 +151,7 @@ class _InPlace:
 
 
 def _recorded(target: Callable[..., Any]) -> Callable[..., Any]:
-    @no_type_check  # A run-time check would stand between the forward and this function.
+    @no_type_check  # A run-time check would be called between the forward and this function.
     def method(proxy: fx.Proxy, other: Any) -> fx.Proxy:
         return proxy.tracer.create_proxy("call_function", target, (proxy, other), {})
 
@@ -247,7 +250,8 @@ def _observed_class(
         return tracer.call(module, args, kwargs)
 
     body = {"__getattribute__": read, "__getattr__": read_registered, "__call__": call}
-    return type(kind)(kind.__name__, (_SilentBase, kind), body)
+    bases = (_SilentBase, kind)
+    return types.new_class(kind.__name__, bases, exec_body=lambda names: names.update(body))
 
 
 def _registered(module: nn.Module, name: str) -> Any:

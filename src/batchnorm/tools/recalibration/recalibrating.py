@@ -220,7 +220,7 @@ def _obstacle(model: nn.Module, layer: _BatchNorm) -> str | None:
 
 
 def _isolated(model: nn.Module, collectors: Iterable[MomentCollector]) -> Handle:
-    """Lets the collectors control their layers, and keeps all buffers of the model as they are.
+    """Gives the collectors control of their layers, and protects all buffers of the model.
 
     The other batch norm layers that have running statistics normalize by them. Buffers of other
     modules may change (spectral norms, queues) and are restored. ``DistributedDataParallel`` sends
