@@ -92,14 +92,14 @@ def test_another_thread_trains_and_watches_a_model_of_its_own(kind):
 def test_a_call_from_another_thread_amid_one_of_ours_is_heard_too(kind, monkeypatch):
     layer, parts = kind(4).eval(), [batch(seed) for seed in range(4)]
     module = importlib.import_module("batchnorm.tools.monitoring.watch")
-    merge, remaining = module.merge, parts[2:]
+    merge, remaining = module.merge_moments, parts[2:]
 
     def interrupted(*moments):
         if remaining:
             in_threads(lambda: layer(remaining.pop()))
         return merge(*moments)
 
-    monkeypatch.setattr(module, "merge", interrupted)
+    monkeypatch.setattr(module, "merge_moments", interrupted)
     with watch(layer) as watched:
         layer(parts[0])
         layer(parts[1])
