@@ -42,9 +42,7 @@ def recalibrate(
     ] = False,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Inputs a batch, for a file of inputs.", show_default=str(BATCH_SIZE)
-        ),
+        typer.Option(min=1, help="Batch size for a file of inputs.", show_default=str(BATCH_SIZE)),
     ] = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Stop at this number.")] = None,
     tolerance: Annotated[

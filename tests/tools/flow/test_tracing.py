@@ -16,9 +16,10 @@ from torch.testing import assert_close
 
 import model_nets as nets
 from batchnorm.tools.acceleration import accelerate
-from batchnorm.tools.flow.tracing import trace
+from batchnorm.tools.flow import tracing
 from model_cases import (
     EXACT,
+    anatomy,
     assert_same_function,
     images,
     relus_and_additions,
@@ -254,7 +255,7 @@ def test_other_modules_and_classes_hear_nothing_of_a_trace():
     model = type("Observed", (nets.Tail,), {"forward": forward})()
     model.probe, model.relu = Probe(), Registered()
     kinds = [type(module) for module in model.modules()]
-    traced = trace(model)
+    traced = tracing.trace(model)
     assert [node.op for node in traced.graph.nodes] == [
         "placeholder", "call_module", "call_module", "call_module", "output"
     ]  # fmt: skip
@@ -262,6 +263,19 @@ def test_other_modules_and_classes_hear_nothing_of_a_trace():
     assert heard == []
     assert_close(outputs[0], other(images().float()), **EXACT)
     assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_an_interrupted_trace_leaves_the_module_as_it_was(monkeypatch):
+    def interrupt(self, module, args, kwargs):
+        raise KeyboardInterrupt("now")
+
+    model = varied(nets.BasicBlock())
+    before = anatomy(model)
+    monkeypatch.setattr(tracing._Tracer, "call", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="now"):
+        tracing.trace(model)
+    assert anatomy(model) == before
+    assert sys.getprofile() is None
 
 
 class Stages(nn.Module):
