@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -14,14 +13,7 @@ from typer.exceptions import TyperException
 INTERRUPTED = 130
 
 
-class Language(StrEnum):
-    """Languages of what people read."""
-
-    en = "en"
-    zh = "zh"
-
-
-Lang = Annotated[Language, typer.Option("--lang", help="Language of the text.")]
+Lang = Annotated[Literal["en", "zh"], typer.Option("--lang", help="Language of the text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
@@ -33,6 +25,11 @@ def one_sentence() -> Iterator[None]:
     """Turns the errors that our functions raise for bad input into a usage error."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise TyperException(
+            f"this command needs {error.name}, which is not installed; "
+            "install it with pip install 'batchnorm[cli]'"
+        ) from error
     except ValueError as error:
         raise TyperException(str(error)) from error
     except OSError as error:

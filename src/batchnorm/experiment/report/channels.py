@@ -11,7 +11,7 @@ from batchnorm.charts.scales import Scale
 from batchnorm.experiment.report import charts
 from batchnorm.experiment.report.charts import Labels
 from batchnorm.experiment.report.edition import Edition, Panel, Section, Shown, Swatch, Table
-from batchnorm.experiment.report.results import NormLayer
+from batchnorm.experiment.results import NormLayer
 
 PRINTED_CHANNELS = 16
 
@@ -96,7 +96,7 @@ def _ratio(layer: NormLayer) -> Sequence[float]:
 
 
 def _with_layers(edition: Edition) -> list[Shown]:
-    return [shown for shown in edition.normalised if shown.run.norm_layers]
+    return [shown for shown in edition.normalized if shown.run.norm_layers]
 
 
 def _panels(edition: Edition, strips: Sequence[Strip]) -> list[Panel]:
@@ -130,7 +130,7 @@ def _panel(edition: Edition, shown: Shown, strip: Strip, ends: tuple[float, floa
     ]
     left_out = sum(len(values) for _, values in rows) - sum(map(len, drawn))
     title = strip.title
-    if len(edition.normalised) > 1:
+    if len(edition.normalized) > 1:
         title = say("chart.of_run", title=title, run=shown.label)
     listed = say("list.comma").join(medians) or say("chart.empty")
     labels = Labels(

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from batchnorm.charts import drawing, numerals
 from batchnorm.charts.drawing import Style
-from batchnorm.experiment.report.results import Results, Run
 from batchnorm.experiment.report.words import Say
+from batchnorm.experiment.results import Results, Run
 
 _NAMES = {
     "batchnorm": "run.batchnorm",
@@ -38,7 +38,7 @@ class Shown:
 
     @property
     def style(self) -> Style:
-        """Colour, dashes and marker of the run."""
+        """Color, dashes and marker of the run."""
         return drawing.STYLES[self.position]
 
     @property
@@ -104,12 +104,12 @@ class Edition:
         )
 
     @cached_property
-    def normalised(self) -> tuple[Shown, ...]:
+    def normalized(self) -> tuple[Shown, ...]:
         """The runs whose network has batch norm layers."""
-        return tuple(shown for shown in self.shown if shown.run.normalised)
+        return tuple(shown for shown in self.shown if shown.run.normalized)
 
     @property
     def epochs(self) -> tuple[int, int]:
         """The first and the last epoch that any run has finished."""
-        numbers = [epoch.number for shown in self.shown for epoch in shown.run.epochs]
+        numbers = [epoch.epoch for shown in self.shown for epoch in shown.run.epochs]
         return (min(numbers), max(numbers)) if numbers else (0, 1)
