@@ -1,10 +1,10 @@
-"""Population statistics of a ResNet-50: ours, torch's ``update_bn``, and precise BN as in fvcore.
+"""Compares `recalibrate` on a ResNet-50 with torch's ``update_bn`` and fvcore's precise BN.
 
-Images differ in brightness and contrast, as real ones do. What is true are the moments of what each
-layer gets while all the data pass in training mode, summed here in float64 without any of the
+Images differ in brightness and contrast, as real ones do. The reference values are the moments of
+each layer's input over all the data in training mode, summed here in float64 without any of the
 three. An error is the largest of any channel: of a mean in standard deviations, of a variance in
-variances. All three take the same batches in turn; a time is the median of the rounds. What the
-model takes without its batch norm layers is the floor under all of them.
+variances. The three take the same batches in turn; a time is the median of the rounds. The time of
+the model without its batch norm layers is a lower bound for all of them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Truth = dict[str, tuple[Tensor, Tensor]]
 
 
 def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """The batch norm layers by name."""
+    """Returns the batch norm layers by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
 
 def images(count: int) -> Tensor:
-    """Noise with a brightness and a contrast of its own in each image, the dark ones first."""
+    """Makes images of noise, each with its own brightness and contrast, the dark ones first."""
     brightness = torch.randn(count, 1, 1, 1).sort(0).values
     contrast = 0.5 + torch.rand(count, 1, 1, 1)
     return brightness + contrast * torch.randn(count, 3, SIZE, SIZE)
@@ -44,7 +44,7 @@ def images(count: int) -> Tensor:
 
 @torch.no_grad()
 def true_statistics(model: nn.Module, batches: Sequence[Tensor]) -> Truth:
-    """Means and variances of all that the layers get, in two passes."""
+    """Computes means and variances of the layers' inputs, in two passes."""
     layers = norms(model).items()
     count: dict[str, int] = {}
     total: dict[str, Tensor] = {}
@@ -75,11 +75,11 @@ def true_statistics(model: nn.Module, batches: Sequence[Tensor]) -> Truth:
 
 @torch.no_grad()
 def precise_bn(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """The algorithm of fvcore's ``update_bn_stats``, which takes 200 batches by default.
+    """Runs the algorithm of fvcore's ``update_bn_stats``, which takes 200 batches by default.
 
-    With momentum 1 the buffers hold the last batch's statistics after each batch. From these, the
-    average of the means and of the mean squares is kept, weighted by the number of values, in the
-    buffers' float32; the variance of the population, biased, is their difference in the end.
+    With momentum 1 the buffers are the last batch's statistics after each batch. The means and the
+    mean squares are averaged from these, weighted by the number of values, in float32 as the
+    buffers. In the end their difference is the biased variance.
     """
     layers = list(norms(model).values())
     counts = dict.fromkeys(layers, 0)
@@ -120,7 +120,7 @@ METHODS: dict[str, Callable[[nn.Module, Sequence[Tensor]], object]] = {
 
 
 def error(model: nn.Module, truth: Truth) -> float:
-    """The largest of any channel of any layer."""
+    """Returns the largest error of any channel of any layer."""
     worst = 0.0
     for name, layer in norms(model).items():
         mean, var = truth[name]
@@ -133,7 +133,7 @@ def error(model: nn.Module, truth: Truth) -> float:
 def measure(
     model: nn.Module, batches: Sequence[Tensor], truth: Truth, rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Error and seconds of each method."""
+    """Measures error and seconds of each method."""
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     errors: dict[str, float] = {}
     for _ in range(rounds):
@@ -147,7 +147,7 @@ def measure(
 
 @torch.no_grad()
 def floor(model: nn.Module, batches: Sequence[Tensor], rounds: int) -> float:
-    """Seconds that the model takes where its batch norm layers do nothing; the median."""
+    """Measures the median seconds of the model without its batch norm layers."""
     bare = copy.deepcopy(model)
     for name in norms(model):
         bare.set_submodule(name, nn.Identity())

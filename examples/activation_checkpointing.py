@@ -1,7 +1,7 @@
 """Activation checkpointing trades time for memory, and should not change the statistics.
 
 torch's checkpoint calls each block again in the backward pass, and batch norm counts that as a
-second batch. `checkpoint` is a drop-in that does not; `count_recomputation_once` mends code that
+second batch. `checkpoint` is a drop-in that does not; `count_recomputation_once` is for code that
 calls torch's checkpoint itself, here a model from elsewhere.
 """
 
@@ -31,7 +31,7 @@ class Network(nn.Module):
         return x
 
 
-def plain(function, x):
+def directly(function, x):
     return function(x)
 
 
@@ -60,7 +60,7 @@ def report(name, model, expected):
 
 
 def main():
-    expected = Network(plain)
+    expected = Network(directly)
     train(expected)
     for name, run in (("torch's checkpoint", with_torchs), ("ours", checkpoint)):
         model = Network(run)

@@ -1,4 +1,4 @@
-"""Mixed precision: GradScaler skips a step that overflows, and nobody skips the statistics.
+"""Mixed precision: GradScaler skips a step that overflows, but not its statistics.
 
 One batch in a hundred has features that are too large for float16. With torch alone, running_var is
 NaN from then on, and the model is useless as soon as it is evaluated. With `guard` it is not.

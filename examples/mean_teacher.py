@@ -1,4 +1,4 @@
-"""A mean teacher: what should become of the running statistics in the averaged copy?"""
+"""A mean teacher, with three policies for the running statistics of the averaged copy."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""SAM looks at each batch twice, the second time with other weights: that must not count.
+"""SAM runs each batch twice, the second time with other weights: that must not count.
 
 The second pass of sharpness-aware minimization runs uphill of the weights that are kept, so its
-statistics belong to a network that nobody will use. `no_stats_update` leaves them out, and
-everything else of the pass as it is.
+statistics belong to a network that nobody will use. `no_stats_update` leaves them out, and changes
+nothing else of the pass.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def batch(generator):
 
 
 def uphill(parameters, radius):
-    """Moves the parameters along their gradients; returns how far."""
+    """Moves the parameters along their gradients and returns the steps."""
     norm = torch.stack([p.grad.norm() for p in parameters]).norm()
     steps = [p.grad * (radius / norm) for p in parameters]
     with torch.no_grad():
@@ -60,7 +60,7 @@ def train(second_pass):
 
 
 def gap(model):
-    """How far the second running variance is from that of many samples under today's weights."""
+    """Compares the second running variance with that of many samples under the same weights."""
     x = torch.cat([batch(torch.Generator().manual_seed(seed))[0] for seed in range(2, 50)])
     with torch.no_grad(), no_stats_update(model):
         truth = model[:4](x).var(0)

@@ -1,4 +1,4 @@
-"""Averaged weights have never seen data: their running statistics must be taken anew.
+"""Averaged weights have never seen data: their running statistics must be recomputed.
 
 Stochastic weight averaging, then `recalibrate`: the statistics of the training data under the
 weights that will be used.

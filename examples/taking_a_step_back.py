@@ -1,8 +1,8 @@
-"""A step that made the loss worse is taken back: the weights, and the statistics with them.
+"""A step that made the loss worse is undone: the weights, and the statistics with them.
 
-Line searches, trust regions and meta-learning try a step and look at it before they keep it. The
-weights are easy to put back. The running statistics have moved meanwhile, towards batches that
-passed through weights that are gone. `transaction` keeps them or puts them back.
+Line searches, trust regions and meta-learning try a step and judge it before they keep it. The
+weights are easy to restore. But the running statistics have moved, towards batches that passed
+through weights that are gone. `transaction` keeps them or rolls them back.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def loss_of(model, x):
 
 
 def try_step(model, optimizer, x, entered):
-    """One step of SGD that is taken back if it does not help; says whether it was."""
+    """Makes one step of SGD, and undoes it if it does not help; returns True if it was undone."""
     before = copy.deepcopy({name: p.detach() for name, p in model.named_parameters()})
     with entered(model) as statistics:
         loss = loss_of(model, x)

@@ -1,4 +1,4 @@
-"""Training runs, but does batch norm? Halfway the data changes, and a layer dies."""
+"""Watches statistics in training: halfway a layer dies, and at the end the data changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"After the change\n{watched}\n")
     # watched.figure().savefig("statistics.svg") draws all of it; it needs matplotlib.
     dead = [r["step"] for r in watched.records if r["layer"] == "4" and r["dead_relu"] >= 0.5]
-    print(f"Half of layer 4 passes nothing on from step {min(dead)}.")
+    print(f"Half of layer 4 is dead from step {min(dead)}.")
     loud = [r["step"] for r in watched.records if (r["var_ratio_high"] or 0) > 4 and r["step"] > 50]
     print(f"Batches unlike the running statistics from step {min(loud)}.")
 

@@ -35,7 +35,7 @@ TELLING = {
         r"Recalibrated 2 layers on 2,000 samples(.|\n)*averaged, recalibrated: +0\.9[5-9]\d*\n"
     ),
     "watching_statistics": (
-        r"Half of layer 4 passes nothing on from step 105\.\n"
+        r"Half of layer 4 is dead from step 105\.\n"
         r"Batches unlike the running statistics from step 195\.\n"
     ),
     "activation_checkpointing": (

@@ -13,7 +13,6 @@ from .tools.acceleration import accelerate as accelerate
 from .tools.acceleration import restore as restore
 from .tools.averaging import ema_update as ema_update
 from .tools.averaging import keep_statistics_in_float32 as keep_statistics_in_float32
-from .tools.averaging import let_statistics_follow as let_statistics_follow
 from .tools.averaging import merge_state_dicts as merge_state_dicts
 from .tools.checkpointing import checkpoint as checkpoint
 from .tools.checkpointing import count_recomputation_once as count_recomputation_once

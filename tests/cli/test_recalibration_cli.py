@@ -261,12 +261,12 @@ def shown(monkeypatch, batches, max_samples, passes, calls):
 @pytest.mark.parametrize(
     ("batches", "max_samples", "passes", "calls", "share"),
     [
-        ([0] * 10, None, 1, 4, "40 %, 80 samples,"),
-        ([0] * 10, None, 3, 15, "50 %, 300 samples,"),
-        ([0] * 1000, 100, 1, 1, "20 %, 20 samples,"),
-        ([0] * 4, 1000, 1, 1, "25 %, 20 samples,"),
-        (iter([]), 80, 2, 2, "25 %, 40 samples,"),
-        ([0] * 1000, 50, 1, 3, "100 %, 60 samples,"),
+        ([0] * 10, None, 1, 4, "80/200 samples,"),
+        ([0] * 10, None, 3, 15, "300/600 samples,"),
+        ([0] * 1000, 100, 1, 1, "20/100 samples,"),
+        ([0] * 4, 1000, 1, 1, "20/80 samples,"),
+        (iter([]), 80, 2, 2, "40/160 samples,"),
+        ([0] * 1000, 50, 1, 3, "60/60 samples,"),
     ],
 )
 def test_progress_is_a_bar_where_the_end_is_known(
@@ -275,14 +275,12 @@ def test_progress_is_a_bar_where_the_end_is_known(
     line = shown(monkeypatch, batches, max_samples, passes, calls)
     assert share in line
     assert "━" in line
-    assert "to go" in line
+    assert re.search(r"\d:\d\d:\d\d (to go|gone)", line)
 
 
 def test_progress_without_a_known_end_counts(monkeypatch):
     line = shown(monkeypatch, iter([]), None, 1, 3)
-    assert "60 samples, 0:00:00" in line
-    assert "━" not in line
-    assert "%" not in line
+    assert re.search(r" 60 samples, 0:00:0\d gone", line)
 
 
 @pytest.mark.parametrize("data", ["loader", "stream", "endless", "batches"])
@@ -384,8 +382,8 @@ def test_force_replaces_a_file_even_the_checkpoint_itself(folder, capsys):
         (["plain.pt", "--dry-run", "--sequential"], {"data": "mine:once"}, "gives them only once"),
         (["plain.pt", "--dry-run", "--batch-size", "3"], {}, "--batch-size is for files of inputs"),
         (["plain.pt", "--dry-run"], {"data": "gone.npy"}, "gone.npy: no such file or directory."),
-        (["plain.pt", "--dry-run"], {"data": "junk.npy"}, "junk.npy holds no plain array of numb"),
-        (["plain.pt", "--dry-run"], {"data": "words.npy"}, "words.npy holds no plain array of num"),
+        (["plain.pt", "--dry-run"], {"data": "junk.npy"}, "junk.npy holds no array of number"),
+        (["plain.pt", "--dry-run"], {"data": "words.npy"}, "words.npy holds no array of numbers"),
         (["plain.pt", "--dry-run"], {"data": "plain.pt"}, "must hold one tensor of inputs, got a "),
         (
             ["plain.pt", "--dry-run"],

@@ -16,7 +16,7 @@ import batchnorm
 import model_nets as nets
 from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.checkpointing import checkpoint, count_recomputation_once
-from batchnorm.tools.patching.recomputation import is_recomputing, quiet
+from batchnorm.tools.patching.recomputation import is_recomputing, updates_suppressed
 from layer_kinds import KINDS, Stop, built, everything, layers_of, statistics
 from model_cases import EXACT, images, varied
 
@@ -423,11 +423,11 @@ def test_another_thread_trains_its_own_model_meanwhile():
     assert theirs.num_batches_tracked == 1
 
 
-def test_quiet_is_only_for_what_is_called():
+def test_updates_are_suppressed_only_for_what_is_called():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     x = torch.randn(6, 4)
     before = {layer: {id(buffer) for buffer in layer.buffers()} for layer in model}
-    with quiet(model[2].forward):
+    with updates_suppressed(model[2].forward):
         model[0](x)
         same = [{id(buffer) for buffer in layer.buffers()} == b for layer, b in before.items()]
         assert same == [False, True, False]
@@ -457,7 +457,7 @@ class Checkpointed(nn.Module):
 
 @kinds
 @reentrant
-def test_existing_code_updates_once(kind, use_reentrant):
+def test_existing_code_counts_once(kind, use_reentrant):
     body, batches = built(kind)
     model = Checkpointed(body, use_reentrant)
     twin = copy.deepcopy(model)
@@ -503,7 +503,7 @@ def test_a_second_thread_recomputes_its_own_layer(use_reentrant):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stop])
-def test_a_forward_that_fails_leaves_nothing_of_updates_once(error):
+def test_a_forward_that_fails_leaves_nothing_of_count_recomputation_once(error):
     def fail(*_):
         raise error("inside")
 
@@ -544,7 +544,7 @@ def test_early_stop_ends_the_recomputation_inside_of_the_layer():
     assert body[1].num_batches_tracked == 2
 
 
-def test_a_copy_updates_once_too():
+def test_a_copy_counts_once_too():
     model = Checkpointed(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), use_reentrant=True)
     with count_recomputation_once(model):
         twin = copy.deepcopy(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,6 @@ import batchnorm
 import model_nets as nets
 from batchnorm.tools.acceleration import accelerate, restore
 from batchnorm.tools.freezing import Freezing, freeze, is_frozen, unfreeze
-from batchnorm.tools.patching.selection import is_held
 from layer_kinds import KINDS, built, everything, layers_of, statistics
 from model_cases import EXACT, assert_same_function, images, relus_and_additions, varied
 
@@ -184,7 +185,7 @@ def test_requires_grad_set_by_somebody_meanwhile_stays():
 def test_only_chosen_layers():
     model, _ = built("accelerated")
     result = freeze(model, ["layer1", "bn1"])
-    frozen = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and is_held(m)}
+    frozen = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and is_frozen(m)}
     assert set(result.layers) == frozen
     assert frozen == {n for n in frozen if n.startswith("layer1") or n == "bn1"} != set()
     assert not is_frozen(model)
@@ -425,3 +426,13 @@ def test_distributed_data_parallel(affine_inside):
     assert statistics(model) == before
     assert not torch.equal(model[0].weight, weight)
     assert is_frozen(wrapped)
+
+
+@pytest.mark.untyped
+def test_importing_freeze_loads_neither_a_tracer_nor_numba():
+    code = "import sys; from batchnorm import freeze; print(*sorted(sys.modules))"
+    run = [sys.executable, "-c", code]
+    loaded = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    assert "batchnorm.tools.freezing" in loaded
+    unwanted = {"numba", "batchnorm.tools.flow", "batchnorm.tools.acceleration", "batchnorm.nn"}
+    assert unwanted & set(loaded) == set()

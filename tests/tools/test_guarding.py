@@ -15,8 +15,13 @@ from torch.testing import assert_close
 from torch.utils import checkpoint as torchs
 
 import batchnorm
-from batchnorm.tools.guarding import Poisoned, Repair, guard, reset_poisoned_statistics
-from batchnorm.tools.patching.interception import Interceptor
+from batchnorm.tools.guarding import (
+    PoisonedLayer,
+    StatisticsReset,
+    guard,
+    reset_poisoned_statistics,
+)
+from batchnorm.tools.patching.methods import ReplacedMethod
 from batchnorm.tools.statistics_updates import transaction
 from layer_kinds import KINDS, Stop, built, everything, layers_of, statistics
 from model_cases import EXACT
@@ -323,14 +328,14 @@ def test_only_chosen_layers_and_those_with_statistics():
 def test_what_a_guard_says():
     model, (batch, *_) = built("accelerated")
     guarding = guard(model)
-    assert str(guarding) == "Guarded 8 batch norm layers: no batch had to be kept out."
+    assert str(guarding) == "Guarded 8 batch norm layers: no batch had to be skipped."
     with torch.no_grad():
         model(poisoned(batch))
         model.layer2[0].downsample[1](poisoned(torch.randn(2, 6, 3, 3)))
     guarding.remove()
     guarding.remove()
     lines = str(guarding).splitlines()
-    assert lines[0] == "Guarded 8 batch norm layers; batches kept out, as not finite:"
+    assert lines[0] == "Guarded 8 batch norm layers; skipped batches, as not finite:"
     assert "      1  bn1" in lines
     assert "      2  layer2.0.downsample.1" in lines
     assert max(map(len, lines)) <= 80
@@ -374,7 +379,7 @@ def test_copies_stay_guarded_with_counts_of_their_own(duplicate):
     guarding.remove()
     twin(poisoned(batch))
     assert is_finite(twin)
-    assert isinstance(vars(twin[1])["forward"], Interceptor)
+    assert isinstance(vars(twin[1])["forward"], ReplacedMethod)
     assert guarding.skipped == {}
     assert "forward" not in vars(model[1])
 
@@ -417,7 +422,7 @@ def sick():
     return model
 
 
-FOUND = (Poisoned("1", channels=4, means=1, vars=2, poisoned=2),)
+FOUND = (PoisonedLayer("1", channels=4, means=1, vars=2, poisoned=2),)
 
 
 def held(model):
@@ -430,16 +435,16 @@ def test_poisoned_channels_are_found_and_start_anew(of):
     before, objects = held(model), everything(model)["modules"]
 
     dry = reset_poisoned_statistics(of(model), dry_run=True)
-    assert dry == Repair(FOUND, checked=2, dry_run=True)
+    assert dry == StatisticsReset(FOUND, checked=2, dry_run=True)
     assert_close(held(model), before, equal_nan=True, **EXACT)
     done = reset_poisoned_statistics(of(model))
-    assert done == Repair(FOUND, checked=2, dry_run=False)
+    assert done == StatisticsReset(FOUND, checked=2, dry_run=False)
 
     before["1.running_mean"][[0, 3]] = 0
     before["1.running_var"][[0, 3]] = 1
     assert_close(held(model), before, equal_nan=True, **EXACT)
     assert everything(model)["modules"] == objects
-    assert reset_poisoned_statistics(of(model)) == Repair((), checked=2, dry_run=False)
+    assert reset_poisoned_statistics(of(model)) == StatisticsReset((), checked=2, dry_run=False)
 
 
 def test_a_file():
@@ -477,7 +482,7 @@ def test_layers_without_statistics_and_no_layers():
     assert reset_poisoned_statistics(model).checked == 0
     assert (
         str(reset_poisoned_statistics({}))
-        == "Looked at the running statistics of 0 layers: none is poisoned."
+        == "Checked the running statistics of 0 layers: none is poisoned."
     )
 
 
@@ -485,7 +490,7 @@ def test_layers_without_statistics_and_no_layers():
 def test_other_dtypes(dtype):
     layer = nn.BatchNorm1d(2, dtype=dtype)
     layer.running_mean[1] = torch.inf
-    assert reset_poisoned_statistics(layer).layers == (Poisoned("", 2, 1, 0, 1),)
+    assert reset_poisoned_statistics(layer).layers == (PoisonedLayer("", 2, 1, 0, 1),)
     assert layer.running_mean.dtype == dtype
     assert is_finite(layer)
 

@@ -374,7 +374,34 @@ def test_wrong_arguments_of_no_stats_update():
         pass
 
 
+def test_without_a_with_statement_it_lasts_until_it_is_removed():
+    layer = nn.BatchNorm1d(4)
+    handle = no_stats_update(layer)
+    layer(torch.randn(8, 4))
+    assert layer.num_batches_tracked == 0
+    handle.remove()
+    handle.remove()
+    layer(torch.randn(8, 4))
+    assert layer.num_batches_tracked == 1
+    assert layer.track_running_stats is True
+
+
 # transaction.
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_transaction_that_is_removed(keeps):
+    model, (batch, *_) = built("ours")
+    before = everything(model)["modules"]
+    step = transaction(model)
+    model(batch)
+    if not keeps:
+        step.rollback()
+    in_thread(step.remove)
+    step.remove()
+    assert model[1].num_batches_tracked == (2 if keeps else 1)
+    assert everything(model)["modules"] == before
+    assert in_thread(lambda: transaction(model).remove()) == []
 
 
 @kinds

@@ -1,4 +1,4 @@
-"""Checkpoints of users: read without running code in them, changed in place, written whole."""
+"""Checkpoint files of users: read without running code in them, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used; the message is one sentence."""
+    """Error for a file that cannot be used; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that holds a ``state_dict``.
+    """Content of a file that holds a ``state_dict``.
 
     Attributes:
-        path: Where it was read.
-        content: All of it.
-        state: The part that is the ``state_dict``, the same object.
-        metadata: Of a safetensors file.
+        path: The file.
+        content: Everything in it.
+        state: The ``state_dict``, the same object as in ``content``.
+        metadata: Metadata of a safetensors file.
     """
 
     path: Path
@@ -42,10 +42,10 @@ class Checkpoint:
     metadata: dict[str, str] | None
 
     def load_into(self, model: nn.Module) -> None:
-        """Gives the model what the checkpoint holds; counters may be missing, as in old files.
+        """Loads the checkpoint into the model; counters may be missing, as in old files.
 
         Raises:
-            CheckpointError: It does not fit the model.
+            CheckpointError: The checkpoint does not fit the model.
         """
         names = self._names_in(model)
         try:
@@ -65,11 +65,11 @@ class Checkpoint:
                 )
 
     def take_statistics(self, model: nn.Module, layers: Iterable[str]) -> None:
-        """Takes the statistics of some layers; everything else stays the object that it was.
+        """Copies the statistics of some layers from the model; everything else stays as it is.
 
         Args:
-            model: Its shape is that of the checkpoint.
-            layers: Their names; what shares their buffers under other names is taken, too.
+            model: A model that the checkpoint fits.
+            layers: Names of the layers. Buffers that they share under other names are copied too.
 
         Raises:
             CheckpointError: A number is too large for the dtype in the file.
@@ -88,15 +88,15 @@ class Checkpoint:
                 self.state[key] = value
 
     def _names_in(self, model: nn.Module) -> dict[str, str]:
-        """The model's name of each key; either side may be wrapped, and the other not."""
+        """Returns the model's name of each key; only one of the two may be wrapped."""
         ours, theirs = _prefix(self.state), _prefix(model.state_dict())
         return {key: theirs + key.removeprefix(ours) for key in self.state}
 
     def write(self, path: Path) -> None:
-        """Writes all of it, whole or not at all, in the format in which it was read.
+        """Writes the file, whole or not at all, in the format in which it was read.
 
         Raises:
-            OSError: That is not possible there.
+            OSError: The file cannot be written.
         """
         with whole_file(path) as file:
             if path.suffix == SAFETENSORS:
@@ -110,8 +110,8 @@ def read(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
     Raises:
-        CheckpointError: It is no checkpoint, or holds more than data.
-        OSError: It cannot be read.
+        CheckpointError: The file is no checkpoint, or holds more than data.
+        OSError: The file cannot be read.
     """
     content, metadata = read_tensors(path)
     state = content
@@ -128,11 +128,11 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, str] | None]:
-    """The content of a file of torch's or safetensors', on the CPU, and its metadata.
+    """Reads a file of torch or safetensors to the CPU; returns the content and the metadata.
 
     Raises:
-        CheckpointError: It is of another kind, damaged, or holds more than data.
-        OSError: It cannot be read.
+        CheckpointError: The file is of another kind, damaged, or holds more than data.
+        OSError: The file cannot be read.
     """
     if path.suffix in TORCH:
         with _readable(path):
@@ -156,7 +156,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and plain values, which could run "
+            f"{path} is damaged, or holds more than tensors and simple values, which could run "
             "code, so it is not loaded; save the state_dict alone."
         ) from error
     except Exception as error:
@@ -179,9 +179,9 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
 
 
 def _prefix(state: Mapping[str, Any]) -> str:
-    """What stands before every key as wrappers put it: ``module.``, ``_orig_mod.``, both, or none.
+    """Returns the prefix that wrappers put before every key: ``module.``, ``_orig_mod.``, or both.
 
-    A model may have a child of that name; since both sides are asked, that does no harm.
+    A model may have a child of that name. This does no harm, because it is removed on both sides.
     """
     prefix = ""
     while state:

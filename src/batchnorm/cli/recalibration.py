@@ -1,8 +1,7 @@
-"""``batchnorm recalibrate``: a user's checkpoint gets the statistics that a user's data have."""
+"""``batchnorm recalibrate``: gives a user's checkpoint the statistics that the user's data have."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,30 +38,34 @@ def recalibrate(
     out: Annotated[Path | None, typer.Option(help="File for the result.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would change, write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would change, write nothing.")
     ] = False,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Inputs of a file a batch.", show_default=str(BATCH_SIZE)),
+        typer.Option(
+            min=1, help="Inputs a batch, for a file of inputs.", show_default=str(BATCH_SIZE)
+        ),
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Stop at this number.")] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Stop when statistics are this precise, relative to their scale."),
+        typer.Option(
+            help="Stop at this standard error of the statistics, relative to their scale."
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Name or pattern of layers; may be repeated.")
     ] = None,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="Layer by layer: a pass for each, and exact.")
+        bool, typer.Option("--sequential", help="Layer by layer: exact, with a pass for each.")
     ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Give a model's batch norm layers the statistics that the data have.
 
-    Dropout is off, and layers that the factory freezes stay. The working folder can be imported
-    from. Everything else in the checkpoint is kept.
+    Dropout is off. Layers that the function freezes keep their statistics, and everything else in
+    the checkpoint stays as it is. Modules are also imported from the working folder.
     """
     from batchnorm.cli import checkpoint as checkpoints
 
@@ -122,10 +125,10 @@ def _network(spec: str) -> nn.Module:
 
     from batchnorm.cli import user_code
     from batchnorm.tools.freezing import freeze
-    from batchnorm.tools.patching import is_held, keeps_statistics
+    from batchnorm.tools.patching import has_running_statistics, is_frozen
 
-    def is_frozen(_: str, layer: _BatchNorm) -> bool:
-        return not layer.training and keeps_statistics(layer) and not is_held(layer)
+    def is_in_evaluation(_: str, layer: _BatchNorm) -> bool:
+        return not layer.training and has_running_statistics(layer) and not is_frozen(layer)
 
     network = user_code.returned("--model", spec)
     if not isinstance(network, nn.Module):
@@ -134,7 +137,7 @@ def _network(spec: str) -> nn.Module:
         )
     if network.training:
         with one_sentence():
-            freeze(network, is_frozen, affine=False)  # Outlives the eval() of everything.
+            freeze(network, is_in_evaluation, affine=False)  # Survives the eval() of everything.
     return network.eval()
 
 
@@ -170,7 +173,7 @@ def _inputs(path: Path) -> Tensor:
                 return torch.from_numpy(np.load(path, allow_pickle=False))
             except (ValueError, TypeError, EOFError) as error:
                 raise checkpoints.CheckpointError(
-                    f"{path} holds no plain array of numbers: {error}."
+                    f"{path} holds no array of numbers: {error}."
                 ) from error
         content, _ = checkpoints.read_tensors(path)
     if isinstance(content, dict) and len(content) == 1:
@@ -202,7 +205,7 @@ def _recalibrated(network: nn.Module, batches: Iterable[Any], **options: Any) ->
 
 
 def _call(network: nn.Module, batches: Iterable[Any], options: dict[str, Any]) -> Recalibration:
-    """Recalibrates; what goes wrong in code of the user's is said to be there."""
+    """Recalibrates; an error in the user's code is reported with its place there."""
     from batchnorm.cli import user_code
     from batchnorm.tools.recalibration import recalibrate
 
@@ -219,43 +222,31 @@ def _call(network: nn.Module, batches: Iterable[Any], options: dict[str, Any]) -
 def _progress(
     batches: Iterable[Any], max_samples: int | None, passes: int
 ) -> Iterator[Callable[[int], None]]:
-    """A line on stderr that is told, after each batch, how many samples have passed.
+    """Draws a bar on stderr; the function that it gives is called after each batch.
 
     Args:
-        batches: Of one pass; where their number is known, the line is a bar with the time left.
-        max_samples: The same holds for this number; whichever is reached first ends a pass.
-        passes: How many there may be.
+        batches: The batches of one pass; if their number is known, so is the end of the bar.
+        max_samples: The same holds for this number. Whichever is reached first ends a pass.
+        passes: The largest number of passes.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
-    from rich.progress import TimeRemainingColumn as Remaining
+    from batchnorm.cli.progress import Bar
 
     length, seen = _length(batches), 0
-    is_known = bool(length or max_samples)
-    columns = [SpinnerColumn(), TextColumn("{task.fields[samples]:,} samples,"), Elapsed()]
-    if is_known:
-        columns[1:1] = [BarColumn(), TextColumn("{task.percentage:>3.0f} %,")]
-        columns += [TextColumn("gone,"), Remaining(), TextColumn("to go")]
 
     def tell(samples: int) -> None:
         nonlocal seen
         seen += 1
         done = max(seen / length if length else 0, samples / max_samples if max_samples else 0)
-        bar.update(task, samples=samples, completed=min(done / passes, 1) if is_known else 0)
+        if done:
+            bar.total = samples / min(done / passes, 1)
+        bar.done = samples
 
-    with Progress(
-        *columns,
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("", total=1 if is_known else None, samples=0)
+    with Bar("samples") as bar:
         yield tell
 
 
 def _length(batches: Iterable[Any]) -> int | None:
-    """How many batches there are; None where they do not tell, as a loader of a stream."""
+    """Returns the number of batches; None if it is unknown, as for a loader of a stream."""
     try:
         return len(batches)  # pyright: ignore[reportArgumentType]
     except TypeError:
@@ -263,12 +254,12 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 
 def _passes(network: nn.Module, layers: list[str] | None) -> int:
-    """How many `recalibrate` makes at most with sequential=True."""
-    from batchnorm.tools.patching import batch_norms, is_held, keeps_statistics
+    """Returns the largest number of passes that `recalibrate` makes with sequential=True."""
+    from batchnorm.tools.patching import batch_norms, has_running_statistics, is_frozen
 
     with one_sentence():
         chosen = batch_norms(network, layers, caller="recalibrate").values()
-    return 1 + sum(keeps_statistics(layer) and not is_held(layer) for layer in chosen)
+    return 1 + sum(has_running_statistics(layer) and not is_frozen(layer) for layer in chosen)
 
 
 def _show(result: Recalibration, checkpoint: Path, out: Path | None, *, as_json: bool) -> None:

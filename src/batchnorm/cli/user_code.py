@@ -1,4 +1,4 @@
-"""What a user names as ``module:function``, found, called, and blamed in one sentence."""
+"""Imports and calls what a user names as ``module:function``; errors in it become one sentence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typer.exceptions import TyperException
 
 
 def returned(option: str, spec: str) -> Any:
-    """Calls ``module:function`` without arguments; the working folder can be imported from.
+    """Calls ``module:function`` without arguments, and returns its result.
+
+    Modules are also imported from the working folder.
 
     Args:
-        option: Where the user named it, for messages.
-        spec: What the user wrote; the part after the colon may have dots.
+        option: The option on the command line, for messages.
+        spec: Value of the option; the part after the colon may have dots.
 
     Raises:
         TyperException: There is no such function, or it fails.
@@ -53,10 +55,10 @@ def _imported(option: str, spec: str, module: str) -> Any:
 
 @contextmanager
 def blamed(what: str) -> Iterator[None]:
-    """Turns any error of somebody else's code into a sentence with the place where it happened.
+    """Turns any error in the user's code into one sentence with the file and the line.
 
     Args:
-        what: The beginning of the sentence.
+        what: Beginning of the sentence.
     """
     try:
         yield

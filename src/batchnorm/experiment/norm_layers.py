@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm.moments import Moments
 from batchnorm.scratch import BatchNorm
+from batchnorm.tools.patching import Handle, SavedBuffers, temporary_attributes
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,8 @@ def view(module: nn.Module) -> NormLayer:
     return NormLayer(module.weight, module.bias, module.running_mean, module.running_var)
 
 
-@contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Puts every buffer and the training mode back, whatever happens in between."""
-    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = model.training
-    try:
-        yield
-    finally:
-        model.train(training)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(saved[name])
+def preserved_buffers(model: nn.Module) -> Handle:
+    """Restores every buffer and training mode of a model at the end, whatever happens before."""
+    modules = list(model.modules())
+    modes = (temporary_attributes([module], training=module.training) for module in modules)
+    return Handle(SavedBuffers(modules).restore, *(mode.remove for mode in modes))

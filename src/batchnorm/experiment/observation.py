@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm.experiment import norm_layers
 from batchnorm.nets.lenet import LAYERS
+from batchnorm.tools.patching import listen
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -27,22 +27,15 @@ def pre_activations(model: nn.Sequential, images: Tensor) -> dict[str, list[floa
     """
     found: dict[str, list[float]] = {}
 
-    def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        values = inputs[0].float().flatten()
+    def note(name: str, x: Tensor) -> None:
+        values = x.float().flatten()
         at = torch.tensor(QUANTILES, device=values.device)
         found[name] = torch.quantile(values, at).tolist()
 
-    handles = [
-        model.get_submodule(f"{name}_sigmoid").register_forward_pre_hook(partial(note, name))
-        for name in LAYERS
-    ]
-    try:
-        with norm_layers.preserved_buffers(model):
-            model.train()
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    sigmoids = {name: model.get_submodule(f"{name}_sigmoid") for name in LAYERS}
+    with listen(sigmoids, note, caller="train"), norm_layers.preserved_buffers(model):
+        model.train()
+        model(images)
     return found
 
 

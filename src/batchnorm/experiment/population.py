@@ -8,8 +8,6 @@ existed, and accuracy in evaluation jumps. Population statistics do not look bac
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from batchnorm.experiment import norm_layers
 from batchnorm.moments import Moments, merge_moments
 from batchnorm.nn import functional
 from batchnorm.scratch import BatchNorm
+from batchnorm.tools.patching import listen
 from batchnorm.tools.recalibration import recalibrate
 
 
@@ -47,19 +46,12 @@ def _moments(
     """Moments of what the layers get while the batches pass in training mode."""
     moments: dict[str, Moments] = {}
 
-    def collect(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        batch = functional.moments(inputs[0])
+    def collect(name: str, x: Tensor) -> None:
+        batch = functional.moments(x)
         moments[name] = merge_moments(moments[name], batch) if name in moments else batch
 
-    handles = [
-        layer.register_forward_pre_hook(partial(collect, name)) for name, layer in layers.items()
-    ]
-    try:
-        with norm_layers.preserved_buffers(model):
-            model.train()
-            for batch in batches:
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with listen(layers, collect, caller="train"), norm_layers.preserved_buffers(model):
+        model.train()
+        for batch in batches:
+            model(batch)
     return moments

@@ -1,8 +1,8 @@
-"""Activation checkpointing that updates running statistics once.
+"""Activation checkpointing that counts each batch once in the running statistics.
 
-``torch.utils.checkpoint`` calls a function again during the backward pass, and batch norm layers in
-it count that as one more batch. Here they work on copies of their statistics whenever a call is a
-recomputation. That they track at all must not change: torch's layers save their buffers for
+``torch.utils.checkpoint`` calls a function again during the backward pass, and batch norm layers
+in it count that as one more batch. Here they work on copies of their statistics whenever a call is
+a recomputation. They must not stop tracking instead: torch's layers save their buffers for
 backward, and torch compares what both calls save.
 """
 
@@ -14,81 +14,107 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-from batchnorm.tools.patching.changes import on_copies
-from batchnorm.tools.patching.interception import Handle, Interceptor
-from batchnorm.tools.patching.recomputation import is_recomputing, quiet
-from batchnorm.tools.patching.selection import Choice, batch_norms
+from batchnorm.tools.patching import (
+    Handle,
+    LayerSelection,
+    ReplacedMethod,
+    batch_norms,
+    install,
+    is_recomputing,
+    updates_suppressed,
+    work_on_copies,
+)
 
 
 def checkpoint(
     function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any
 ) -> Any:
-    """``function(*args, **kwargs)``, whose activations are computed again in the backward pass.
+    """Calls ``function(*args, **kwargs)``, and computes its activations again in backward.
 
     A drop-in for ``torch.utils.checkpoint.checkpoint``: outputs and gradients are the same, and
     running statistics and counters are those of a step without checkpointing. The function may be
-    a module, a method or any closure: which batch norm layers it calls is seen when it runs again.
-    It costs what torch's costs, one more forward, and a hook on module calls meanwhile.
+    a module, a method or any closure: the batch norm layers that it calls are found when it runs
+    again. It costs what torch's costs, one more forward, and a hook on module calls during that.
 
     From the first function that runs again to the end of that backward pass, every layer that its
-    thread calls counts as recomputed: so do torch's own checkpoints inside of the function. The
-    recomputed layers work on copies then; what another thread trains on the same model in that time
-    moves no statistics.
+    thread calls counts as recomputed, also in torch's own checkpoints inside the function. The
+    recomputed layers work on copies; a training step that another thread takes on the same model in
+    that time moves no statistics.
 
     Args:
-        function: What to call; batch norm layers in it must be called, or be in a module that is.
+        function: The function; batch norm layers in it must be called, or be in a module that is.
         *args: Its arguments.
-        use_reentrant: Which of torch's two kinds; see there.
+        use_reentrant: Selects one of torch's two kinds; see there.
         **kwargs: Torch's options (``preserve_rng_state``, ``context_fn``, ``determinism_check``,
             ``debug``, ``early_stop``), and keyword arguments of the function if not reentrant.
 
     Returns:
-        What the function returns.
+        The result of the function.
 
     Raises:
         ValueError: An option is for the other kind; torch's own message.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import checkpoint
+        >>> block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+        >>> checkpoint(block, torch.randn(8, 4)).sum().backward()
+        >>> int(block[1].num_batches_tracked)
+        1
     """
     return torch.utils.checkpoint.checkpoint(
         _Rerun(function), *args, use_reentrant=use_reentrant, **kwargs
     )
 
 
-def count_recomputation_once(model: nn.Module, layers: Choice = None) -> Handle:
-    """For code that calls torch's checkpoint itself: batch norm layers update once all the same.
+def count_recomputation_once(model: nn.Module, layers: LayerSelection = None) -> Handle:
+    """Lets layers count a batch once where the code calls torch's own checkpoint.
 
     Works for both kinds of checkpoints, wherever they are called, until the handle is removed; a
-    copy of the model does the same for good. A layer that is called during a backward pass counts
-    as recomputed; what another thread trains on that layer during the call is lost. Costs nothing
-    measurable, but an accelerated block calls its layers one by one meanwhile. Not for
-    ``DataParallel``, which copies the layers at each call.
+    copy of the model keeps doing so. A layer that is called during a backward pass counts as
+    recomputed; updates of that layer by another thread during the call are lost. Costs nothing
+    measurable, but an accelerated block calls its layers one by one. Not for ``DataParallel``,
+    which copies the layers at each call.
 
     Args:
         model: Any module.
-        layers: Which of its batch norm layers; None for all.
+        layers: The layers that count once; None for all.
 
     Returns:
-        A handle: ``remove()`` it, or use it in a ``with`` statement around forward and backward.
+        A handle: call ``remove()``, or use it in a ``with`` statement around forward and backward.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> from batchnorm import count_recomputation_once
+        >>> block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+        >>> with count_recomputation_once(block):
+        ...     checkpoint(block, torch.randn(8, 4), use_reentrant=False).sum().backward()
+        >>> int(block[1].num_batches_tracked)
+        1
     """
     chosen = batch_norms(model, layers, caller="count_recomputation_once")
-    return Handle(_UpdatesOnce(layer) for layer in chosen.values())
+    return install(_CountOnce(layer) for layer in chosen.values())
 
 
-class _UpdatesOnce(Interceptor):
+class _CountOnce(ReplacedMethod):
     """Works on copies during a backward pass, which is where recomputations run."""
 
-    def around(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if not is_recomputing():
-            return self.forward(*args, **kwargs)
-        with on_copies([self.layer]):
-            return self.forward(*args, **kwargs)
+            return self.original(*args, **kwargs)
+        with work_on_copies([self.module]):
+            return self.original(*args, **kwargs)
 
 
 class _Rerun:
-    """A function that is quiet whenever it runs again.
+    """A function that updates no statistics when it runs again.
 
     That is not only during a backward pass: torch also recomputes when somebody looks at what an
     operator saved. And the first call may itself be in the recomputation of an outer checkpoint.
@@ -99,9 +125,9 @@ class _Rerun:
         self._has_run = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        runs_again = self._has_run or is_recomputing()
+        is_rerun = self._has_run or is_recomputing()
         self._has_run = True
-        if not runs_again:
+        if not is_rerun:
             return self._function(*args, **kwargs)
-        with quiet(self._function):
+        with updates_suppressed(self._function):
             return self._function(*args, **kwargs)

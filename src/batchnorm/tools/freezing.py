@@ -1,28 +1,38 @@
-"""``freeze``: batch norm layers that stay in evaluation, whatever calls ``model.train()``.
+"""``freeze``: batch norm layers that stay in evaluation, also when something calls ``train()``.
 
-``eval()`` stops the statistics of a layer until somebody calls ``train()``, and ``requires_grad``
-never does. A frozen layer answers ``train()`` itself: it notes the mode that was asked for, and
-keeps its own. Nothing else of the layer changes, so `unfreeze` gives back exactly what was there.
+``eval()`` stops the statistics of a layer only until somebody calls ``train()``, and
+``requires_grad`` does not stop them at all. A frozen layer answers ``train()`` itself: it notes the
+mode that was asked for, and stays in evaluation. The change is part of the model and is saved with
+it; `unfreeze` undoes it, also on a copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching.selection import Choice, batch_norms, is_held, keeps_statistics
+from batchnorm.tools.patching import (
+    FROZEN_MARK,
+    LayerSelection,
+    ReplacedMethod,
+    batch_norms,
+    has_running_statistics,
+    is_frozen,
+)
+from batchnorm.tools.wording import counted
+
+__all__ = ["Freezing", "Unfreezing", "freeze", "is_frozen", "unfreeze"]
 
 
 @dataclass(frozen=True)
 class Freezing:
-    """What `freeze` holds; ``str()`` of it is a sentence.
+    """The layers that `freeze` froze; ``str()`` of it is a sentence.
 
     Attributes:
         layers: Dotted names of the layers.
-        affine: Whether their weight and bias are held too.
+        affine: True if their weight and bias are frozen too.
     """
 
     layers: tuple[str, ...]
@@ -30,12 +40,12 @@ class Freezing:
 
     def __str__(self) -> str:
         what = "statistics, weight and bias" if self.affine else "statistics only"
-        return f"Froze {_count(self.layers)}: {what}."
+        return f"Froze {counted(len(self.layers), 'batch norm layer')}: {what}."
 
 
 @dataclass(frozen=True)
 class Unfreezing:
-    """What `unfreeze` let go; ``str()`` of it is a sentence.
+    """The layers that `unfreeze` released; ``str()`` of it is a sentence.
 
     Attributes:
         layers: Dotted names of the layers that were frozen until now.
@@ -46,141 +56,167 @@ class Unfreezing:
     def __str__(self) -> str:
         if not self.layers:
             return "Nothing to unfreeze: no batch norm layer is frozen."
-        return f"Unfroze {_count(self.layers)}."
+        return f"Unfroze {counted(len(self.layers), 'batch norm layer')}."
 
 
-def freeze(model: nn.Module, layers: Choice = None, *, affine: bool = True) -> Freezing:
-    """Keeps batch norm layers in evaluation: ``y = (x - running_mean) / sqrt(running_var + eps)``.
+def freeze(model: nn.Module, layers: LayerSelection = None, *, affine: bool = True) -> Freezing:
+    """Freezes batch norm layers: ``y = (x - running_mean) / sqrt(running_var + eps)`` from now on.
 
     ``model.train()`` no longer reaches them. Class, momentum, hooks, parameters and the keys of
-    ``state_dict`` stay as they are; copies and pickles of the model stay frozen. (A shallow copy by
-    ``copy.copy`` shares the layer's attributes, ``train`` among them: its ``train()`` returns the
-    layer that was frozen.) It costs nothing a call, and an accelerated model stays fused. Freezing
-    twice is freezing once, and the last ``affine`` counts. With ``affine=True`` freeze before
-    wrapping in ``DistributedDataParallel``, which asks once for the parameters that get gradients.
+    ``state_dict`` stay as they are; copies and pickles of the model stay frozen. A shallow copy by
+    ``copy.copy`` shares the layer's attributes, ``train`` among them, so its ``train()`` returns
+    the layer that was frozen. A call costs nothing extra, and an accelerated model stays fused.
+    Freezing again changes nothing but ``affine``. With ``affine=True`` freeze before wrapping in
+    ``DistributedDataParallel``, which looks only once for the parameters that get gradients.
 
     Args:
         model: Any module.
-        layers: Which of its batch norm layers; None for all.
-        affine: Whether weight and bias stop too. ``requires_grad`` is then False and ``grad`` None,
-            because an optimizer goes on moving a parameter that has a gradient, be it zero.
+        layers: The layers to freeze; None for all.
+        affine: Freezes weight and bias too: ``requires_grad`` is then False and ``grad`` None,
+            because an optimizer keeps moving a parameter that has a gradient, even one of zeros.
 
     Returns:
-        What is frozen now.
+        The frozen layers.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
-        ValueError: A layer keeps no running statistics, so evaluation would use the batch as well;
+        ValueError: A layer has no running statistics, so evaluation would use the batch as well;
             or a name fits no layer, or a layer is lazy.
-        RuntimeError: Somebody replaced the ``train`` of a frozen layer. After every error all is as
-            it was.
+        RuntimeError: Foreign code replaced the ``train`` of a frozen layer. After every error the
+            model is as it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import freeze, unfreeze
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> print(freeze(model))
+        Froze 1 batch norm layer: statistics, weight and bias.
+        >>> y = model.train()(torch.randn(8, 4))
+        >>> model[1].training, int(model[1].num_batches_tracked)
+        (False, 0)
+        >>> print(unfreeze(model))
+        Unfroze 1 batch norm layer.
     """
     chosen = batch_norms(model, layers, caller="freeze")
     for name, layer in chosen.items():
-        if not keeps_statistics(layer):
+        if not has_running_statistics(layer):
             raise ValueError(
                 f"freeze: layer {name!r} ({type(layer).__name__}) keeps no running statistics, so "
                 "in evaluation it normalizes by the batch too; leave it out of layers, or build it "
                 "with track_running_stats=True."
             )
-    _check_train({name: layer for name, layer in chosen.items() if is_held(layer)}, "freeze")
-    for layer in chosen.values():
-        kept = vars(layer)["train"] if is_held(layer) else _Kept(layer)
-        kept.hold()
+    frozen = _frozen(chosen, "freeze")
+    for name, layer in chosen.items():
+        train = frozen.get(name) or _FrozenTrain(layer)
+        if name not in frozen:
+            train.freeze()
         if affine:
-            kept.hold_parameters()
+            train.freeze_parameters()
         else:
-            kept.let_parameters_go()
+            train.unfreeze_parameters()
     return Freezing(tuple(chosen), affine)
 
 
-def unfreeze(model: nn.Module, layers: Choice = None) -> Unfreezing:
+def unfreeze(model: nn.Module, layers: LayerSelection = None) -> Unfreezing:
     """Undoes `freeze`, also on a copy.
 
     The layers get the mode that was last asked of them while they were frozen, and weight and bias
-    their ``requires_grad`` from before, unless somebody set it meanwhile.
+    their ``requires_grad`` from before, unless somebody has set it since.
 
     Args:
         model: Any module; layers that are not frozen stay as they are.
-        layers: Which of its batch norm layers; None for all.
+        layers: The layers to unfreeze; None for all.
 
     Returns:
-        Which layers were let go.
+        The layers that were frozen until now.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
-        RuntimeError: Somebody replaced the ``train`` of a frozen layer. All stay frozen then.
+        RuntimeError: Foreign code replaced the ``train`` of a frozen layer. All stay frozen then.
+
+    Example:
+        >>> from torch import nn
+        >>> from batchnorm import freeze, unfreeze
+        >>> model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+        >>> frozen = freeze(model)
+        >>> unfreeze(model, ["1"]).layers
+        ('1',)
     """
     chosen = batch_norms(model, layers, caller="unfreeze")
-    frozen = {name: layer for name, layer in chosen.items() if is_held(layer)}
-    _check_train(frozen, "unfreeze")
-    for layer in frozen.values():
-        vars(layer)["train"].let_go(layer)
+    frozen = _frozen(chosen, "unfreeze")
+    for name, train in frozen.items():
+        train.unfreeze(chosen[name])
     return Unfreezing(tuple(frozen))
 
 
-def is_frozen(model: nn.Module) -> bool:
-    """Whether all batch norm layers of a model, or the layer itself, are frozen.
+class _FrozenTrain(ReplacedMethod):
+    """The ``train`` of a frozen layer. It knows what the layer was before.
 
     Args:
-        model: Any module; False if it has no batch norm layer.
+        layer: The layer.
+
+    Attributes:
+        training: The mode of an unfrozen layer: the last one that was asked for.
+        requires_grad: Flags of the frozen parameters, from before, by name.
     """
-    found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return bool(found) and all(is_held(layer) for layer in found)
 
-
-class _Kept:
-    """Stands for ``layer.train``, and knows what the layer was before."""
+    method = "train"
 
     def __init__(self, layer: _BatchNorm) -> None:
-        self.layer = layer
-        self.behind: Any = vars(layer).get("train")
+        super().__init__(layer)
         self.training = layer.training
         self.requires_grad: dict[str, bool] = {}
 
-    def __call__(self, mode: bool = True) -> _BatchNorm:
-        """Notes the mode; only what is inside the layer, such as a dropout, takes it."""
-        layer = self.layer
-        if self.behind is None:
-            type(layer).train(layer, mode)
-        else:
-            self.behind(mode)
-        self.training, layer.training = mode, False
-        return layer
+    def call(self, mode: bool = True) -> nn.Module:
+        """Notes the mode; only modules inside the layer, such as a dropout, take it."""
+        self.original(mode)
+        self.training, self.module.training = mode, False
+        return self.module
 
-    def hold(self) -> None:
-        vars(self.layer).update(train=self, training=False, _batchnorm_frozen=True)
+    def freeze(self) -> None:
+        """Puts the layer into evaluation, for as long as this is installed."""
+        self.install()
+        self.module.training = False
+        setattr(self.module, FROZEN_MARK, True)
 
-    def let_go(self, layer: _BatchNorm) -> None:
-        """``layer`` may be a shallow copy of the one that was frozen."""
-        attributes = vars(layer)
-        del attributes["train"], attributes["_batchnorm_frozen"]
-        if self.behind is not None:
-            attributes["train"] = self.behind
-        attributes["training"] = self.training
-        self.let_parameters_go()
+    def unfreeze(self, layer: nn.Module) -> None:
+        """Gives ``layer``, which may be a shallow copy of the frozen one, its mode again."""
+        self.uninstall(layer)
+        delattr(layer, FROZEN_MARK)
+        layer.training = self.training
+        self.unfreeze_parameters()
 
-    def hold_parameters(self) -> None:
-        for name, parameter in self.layer.named_parameters(recurse=False):
+    def freeze_parameters(self) -> None:
+        """Stops gradients of weight and bias."""
+        for name, parameter in self.module.named_parameters(recurse=False):
             self.requires_grad.setdefault(name, parameter.requires_grad)
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def let_parameters_go(self) -> None:
-        for name, parameter in self.layer.named_parameters(recurse=False):
+    def unfreeze_parameters(self) -> None:
+        """Gives weight and bias the flags from before."""
+        for name, parameter in self.module.named_parameters(recurse=False):
             if self.requires_grad.pop(name, False):
                 parameter.requires_grad_()
 
 
-def _check_train(frozen: dict[str, _BatchNorm], caller: str) -> None:
-    for name, layer in frozen.items():
-        if not isinstance(vars(layer).get("train"), _Kept):
+def _frozen(layers: dict[str, _BatchNorm], caller: str) -> dict[str, _FrozenTrain]:
+    """Finds the replaced methods of those layers that are frozen.
+
+    Raises:
+        RuntimeError: Foreign code covers one.
+    """
+    found = {}
+    for name, layer in layers.items():
+        if not is_frozen(layer):
+            continue
+        train = _FrozenTrain.find(layer)
+        if train is None:
             raise RuntimeError(
                 f"{caller}: layer {name!r} ({type(layer).__name__}) is frozen, but its train() was "
                 "replaced since then; undo that first."
             )
-
-
-def _count(layers: tuple[str, ...]) -> str:
-    return f"{len(layers)} batch norm layer" + ("" if len(layers) == 1 else "s")
+        found[name] = train
+    return found

@@ -1,7 +1,8 @@
-"""Running statistics that one bad batch cannot poison, and the repair of those that are poisoned.
+"""Running statistics that one bad batch cannot poison, and the reset of those that are poisoned.
 
 A value that is inf or NaN makes the statistics of its channel NaN, and no later batch makes them
 finite again. ``GradScaler`` skips the optimizer's step for such a batch, not the statistics.
+`guard` lasts until its handle is removed; `reset_poisoned_statistics` changes values, for good.
 """
 
 from __future__ import annotations
@@ -14,51 +15,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching.interception import Handle, Interceptor
-from batchnorm.tools.patching.recomputation import runs_again
-from batchnorm.tools.patching.selection import Choice, batch_norms, keeps_statistics
+from batchnorm.tools.patching import (
+    Handle,
+    LayerSelection,
+    ReplacedMethod,
+    SavedBuffers,
+    batch_norms,
+    has_running_statistics,
+    install,
+    is_repeated,
+)
+from batchnorm.tools.wording import counted, displayed
 
 _STATISTICS = ("running_mean", "running_var")
 _INITIAL = {"running_mean": 0.0, "running_var": 1.0}
 
 
 class Guard(Handle):
-    """What `guard` does, until `remove`; ``str()`` of it says what was kept out."""
+    """Layers that `guard` guards until `remove`; ``str()`` of it lists the skipped batches.
+
+    Args:
+        layers: The layers by name.
+    """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._guarded = {name: _Guarded(layer) for name, layer in layers.items()}
-        super().__init__(self._guarded.values())
+        super().__init__(install(self._guarded.values()).remove)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many batches each layer kept out, by dotted name; layers that kept out none are not.
+        """Number of skipped batches by layer name; layers that skipped none are omitted.
 
-        Reading it waits for the device.
+        Synchronizes with the device.
         """
         counts = {name: int(guarded.skipped) for name, guarded in self._guarded.items()}
         return {name: count for name, count in counts.items() if count}
 
     def __str__(self) -> str:
-        layers = _count(len(self._guarded), "batch norm layer")
+        layers = counted(len(self._guarded), "batch norm layer")
         skipped = self.skipped
         if not skipped:
-            return f"Guarded {layers}: no batch had to be kept out."
-        lines = [f"Guarded {layers}; batches kept out, as not finite:", "", "batches  layer"]
-        for name, count in skipped.items():
-            lines.append(f"{count:>7}  {name or 'the model itself'}")
+            return f"Guarded {layers}: no batch had to be skipped."
+        lines = [f"Guarded {layers}; skipped batches, as not finite:", "", "batches  layer"]
+        lines += [f"{count:>7}  {displayed(name)}" for name, count in skipped.items()]
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class Poisoned:
+class PoisonedLayer:
     """One layer whose running statistics are of no use.
 
     Attributes:
         layer: Its dotted name.
-        channels: How many channels it has.
-        means: Of how many ``running_mean`` is not finite.
-        vars: Of how many ``running_var`` is not finite or negative.
-        poisoned: How many channels are concerned by either.
+        channels: Number of its channels.
+        means: Number of channels whose ``running_mean`` is not finite.
+        vars: Number of channels whose ``running_var`` is not finite or negative.
+        poisoned: Number of channels that have either.
     """
 
     layer: str
@@ -69,28 +81,28 @@ class Poisoned:
 
 
 @dataclass(frozen=True)
-class Repair:
-    """What `reset_poisoned_statistics` found; ``str()`` of it is a table.
+class StatisticsReset:
+    """The poison that `reset_poisoned_statistics` found; ``str()`` of it is a table.
 
     Attributes:
         layers: The poisoned layers.
-        checked: How many layers have running statistics.
-        dry_run: Whether it was only looked at.
+        checked: Number of layers that have running statistics.
+        dry_run: True if nothing was changed.
     """
 
-    layers: tuple[Poisoned, ...]
+    layers: tuple[PoisonedLayer, ...]
     checked: int
     dry_run: bool
 
     def __str__(self) -> str:
-        checked = _count(self.checked, "layer")
+        checked = counted(self.checked, "layer")
         if not self.layers:
-            return f"Looked at the running statistics of {checked}: none is poisoned."
+            return f"Checked the running statistics of {checked}: none is poisoned."
         lines = [f"Poisoned: {len(self.layers)} of {checked} with running statistics.", ""]
         lines.append(f"{'channels':>10}  {'bad mean':>8}  {'bad var':>8}  layer")
         for found in self.layers:
             share = f"{found.poisoned}/{found.channels}"
-            name = found.layer or "the model itself"
+            name = displayed(found.layer)
             lines.append(f"{share:>10}  {found.means:>8}  {found.vars:>8}  {name}")
         if self.dry_run:
             lines += ["", "Nothing was changed (dry run)."]
@@ -100,55 +112,60 @@ class Repair:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Returns plain data for JSON."""
         return asdict(self) | {"layers": [asdict(found) for found in self.layers]}
 
 
-def guard(model: nn.Module, layers: Choice = None) -> Guard:
+def guard(model: nn.Module, layers: LayerSelection = None) -> Guard:
     """Keeps batches out of the running statistics that would make them inf or NaN.
 
-    A layer that such a batch reaches gives the output that it always gave, so that ``GradScaler``
-    and the loss still see it; its running statistics and counter stay what they were. So they do
+    A layer that gets such a batch returns the same output as without a guard, so ``GradScaler`` and
+    the loss still see it; its running statistics and counter stay what they were. They also stay
     when a layer refuses a batch with an error, which torch counts. A channel that was not finite
     before does not count against a batch. A checkpoint's recomputation does not count again.
 
     Each layer decides for itself, and by its statistics only. In a step that ``GradScaler`` skips
-    because something overflowed later, the layers before it, whose statistics are finite, move all
-    the same. For all or nothing put the step into a `transaction`, with or without a guard::
-
-        with transaction(model) as step:
-            scaler.scale(loss(model(x), y)).backward()
-            before = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            if scaler.get_scale() < before:
-                step.rollback()
+    because something overflowed later, the layers before it, whose statistics are finite, still
+    move. For all or nothing put the step into a `transaction`, as shown there, with or without a
+    guard.
 
     Costs about twenty small operations on tensors of one number a channel for each layer, some 80
-    microseconds on a CPU and 300 to launch them on a GPU, and never waits for the device: what is
-    kept out is decided and counted there. An accelerated block calls its layers one by one
-    meanwhile. Copies of the model stay guarded, with counts of their own. Threads may call
-    different layers; two that call one layer at once may lose each other's update. Not for
-    ``DataParallel``, which copies the layers at each call.
+    microseconds on a CPU and 300 to launch them on a GPU, and never waits for the device, which
+    decides and counts by itself. An accelerated block calls its layers one by one. Copies of the
+    model stay guarded, with counts of their own. Threads may call different layers; two that call
+    one layer at once may lose each other's update. Not for ``DataParallel``, which copies the
+    layers at each call.
 
     Args:
         model: Any module.
-        layers: Which of its batch norm layers; those without running statistics need no guard.
+        layers: The layers to guard; None for all. Those without running statistics need no guard.
 
     Returns:
-        A handle: ``skipped`` counts, ``remove()`` ends it, and so does a ``with`` statement.
+        A handle: ``skipped`` counts, and ``remove()`` or the end of a ``with`` block ends it.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A layer is poisoned already; or a name fits no layer, or a layer is lazy.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import guard
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> with guard(model) as guarded:
+        ...     y = model(torch.full((8, 4), torch.inf))
+        >>> guarded.skipped
+        {'1': 1}
+        >>> bool(model[1].running_mean.isfinite().all())
+        True
     """
     chosen = {
         name: layer
         for name, layer in batch_norms(model, layers, caller="guard").items()
-        if keeps_statistics(layer)
+        if has_running_statistics(layer)
     }
     for name, layer in chosen.items():
-        found = _described(name, _poisoned_channels(_kept(layer)))
+        found = _described(name, _poisoned_channels(_statistics_of(layer)))
         if found is not None:
             raise ValueError(
                 f"guard: layer {name!r} ({type(layer).__name__}) is poisoned already, in "
@@ -160,8 +177,8 @@ def guard(model: nn.Module, layers: Choice = None) -> Guard:
 
 def reset_poisoned_statistics(
     model_or_state_dict: nn.Module | Mapping[str, Any], *, dry_run: bool = False
-) -> Repair:
-    """Names running statistics that are inf, NaN or negative, and makes those channels usable.
+) -> StatisticsReset:
+    """Finds running statistics that are inf, NaN or negative, and resets their channels.
 
     Such channels get their initial statistics again, mean 0 and variance 1, in place; healthy
     channels, counters and all else stay bit for bit. That only stops the poison: the model must be
@@ -169,17 +186,29 @@ def reset_poisoned_statistics(
 
     Args:
         model_or_state_dict: A module; or a mapping of names to tensors, in which every
-            ``*.running_mean`` and ``*.running_var`` is looked at. The tensors of the mapping
+            ``*.running_mean`` and ``*.running_var`` is checked. The tensors of the mapping
             are changed, also where a model shares them.
-        dry_run: Only look.
+        dry_run: Finds them, and changes nothing.
 
     Returns:
-        What was found, and how many layers were looked at.
+        The poisoned layers, and the number of layers that were checked.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The argument is neither.
         ValueError: A mapping without running statistics that holds other mappings, so it is a
             checkpoint around a ``state_dict``; or a layer is lazy.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import reset_poisoned_statistics
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> y = model(torch.full((8, 4), torch.inf))
+        >>> found = reset_poisoned_statistics(model)
+        >>> found.layers[0].layer, found.layers[0].poisoned
+        ('1', 4)
+        >>> model[1].running_mean
+        tensor([0., 0., 0., 0.])
     """
     found, layers = [], _statistics(model_or_state_dict)
     for name, statistics in layers.items():
@@ -189,55 +218,55 @@ def reset_poisoned_statistics(
             continue
         found.append(poisoned)
         if not dry_run:
-            _heal(statistics, bad)
-    return Repair(tuple(found), len(layers), dry_run)
+            _reset(statistics, bad)
+    return StatisticsReset(tuple(found), len(layers), dry_run)
 
 
-class _Guarded(Interceptor):
-    """Puts back, on the device, what a bad batch did."""
+class _Guarded(ReplacedMethod):
+    """Restores, on the device, the statistics that a bad batch has moved."""
+
+    module: _BatchNorm
 
     def __init__(self, layer: _BatchNorm) -> None:
         super().__init__(layer)
         device = next(layer.buffers(recurse=False)).device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
-    def around(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer
-        if not (layer.training and layer.track_running_stats and keeps_statistics(layer)):
-            return self.forward(*args, **kwargs)
-        buffers = {name: getattr(layer, name) for name in (*_STATISTICS, "num_batches_tracked")}
-        before = {name: b.detach().clone() for name, b in buffers.items() if b is not None}
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.module
+        if not (layer.training and layer.track_running_stats and has_running_statistics(layer)):
+            return self.original(*args, **kwargs)
+        before = SavedBuffers([layer], (*_STATISTICS, "num_batches_tracked"))
+        was_finite = _finite_channels(layer)
         try:
-            output = self.forward(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         except BaseException:
-            for name, kept in before.items():
-                getattr(layer, name).data.copy_(kept)
+            before.restore()
             raise
-        self._judge(before)
+        bad = (was_finite & ~_finite_channels(layer)).any()
+        before.restore_where(bad)
+        self._count(bad)
         return output
 
-    @torch.no_grad()
-    def _judge(self, before: dict[str, Tensor]) -> None:
-        """Writes past autograd, as torch's own update does, so that backward still works."""
-        layer = self.layer
-        was_finite = torch.stack([before[name].isfinite() for name in _STATISTICS])
-        is_finite = torch.stack([getattr(layer, name).isfinite() for name in _STATISTICS])
-        bad = (was_finite & ~is_finite).any()
-        for name, kept in before.items():
-            buffer = getattr(layer, name)
-            buffer.data.copy_(torch.where(bad, kept, buffer))
-        if runs_again(layer):
+    def _count(self, bad: Tensor) -> None:
+        if is_repeated(self.module):
             return
         if self.skipped.device != bad.device:
             self.skipped = self.skipped.to(bad.device)
         self.skipped += bad
 
 
+def _finite_channels(layer: _BatchNorm) -> Tensor:
+    return torch.stack([tensor.detach().isfinite() for tensor in _statistics_of(layer).values()])
+
+
 def _statistics(source: nn.Module | Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """``running_mean`` and ``running_var``, those that are there, by the name of the layer."""
+    """Finds ``running_mean`` and ``running_var``, where present, by the name of the layer."""
     if isinstance(source, nn.Module):
         layers = batch_norms(source, caller="reset_poisoned_statistics")
-        return {n: _kept(layer) for n, layer in layers.items() if keeps_statistics(layer)}
+        return {
+            n: _statistics_of(layer) for n, layer in layers.items() if has_running_statistics(layer)
+        }
     if not isinstance(source, Mapping):
         raise TypeError(
             "reset_poisoned_statistics: expects a torch.nn.Module or a state_dict, got "
@@ -258,33 +287,29 @@ def _statistics(source: nn.Module | Mapping[str, Any]) -> dict[str, dict[str, Te
     return found
 
 
-def _kept(layer: _BatchNorm) -> dict[str, Tensor]:
+def _statistics_of(layer: _BatchNorm) -> dict[str, Tensor]:
     return {name: getattr(layer, name) for name in _STATISTICS}
 
 
 def _poisoned_channels(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Which channels cannot have that mean, and which cannot have that variance."""
+    """Marks the channels whose mean, and those whose variance, is impossible."""
     bad = {name: ~tensor.isfinite() for name, tensor in statistics.items()}
     if "running_var" in bad:
         bad["running_var"] |= statistics["running_var"] < 0
     return bad
 
 
-def _described(layer: str, bad: Mapping[str, Tensor]) -> Poisoned | None:
-    """Waits for the device."""
+def _described(layer: str, bad: Mapping[str, Tensor]) -> PoisonedLayer | None:
+    """Counts the channels, which waits for the device; None if there is none."""
     either = torch.stack(list(bad.values())).any(0)
     if not either.any():
         return None
     means, vars_ = (int(bad[name].sum()) if name in bad else 0 for name in _STATISTICS)
-    return Poisoned(layer, either.numel(), means, vars_, int(either.sum()))
+    return PoisonedLayer(layer, either.numel(), means, vars_, int(either.sum()))
 
 
 @torch.no_grad()
-def _heal(statistics: Mapping[str, Tensor], bad: Mapping[str, Tensor]) -> None:
+def _reset(statistics: Mapping[str, Tensor], bad: Mapping[str, Tensor]) -> None:
     either = torch.stack(list(bad.values())).any(0)
     for name, tensor in statistics.items():
         tensor.masked_fill_(either, _INITIAL[name])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,111 +1,88 @@
-"""Forwards whose statistics do not count: not at all, or only if the step turns out well.
+"""Forwards whose statistics do not count: never, or only if the step turns out well.
 
 `no_stats_update` is for passes that are known to be extra: SAM's second one, a probe, a GAN's
 generator step through the discriminator. `transaction` is for steps that are judged afterwards.
+Both return a handle: they end with its ``with`` block, or with ``remove()``.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching.changes import OFF, StandIns, changed, no_broadcast
-from batchnorm.tools.patching.selection import Choice, batch_norms
+from batchnorm.tools.patching import (
+    FALSE_UNTIL_COPIED,
+    Handle,
+    LayerSelection,
+    StandInBuffers,
+    batch_norms,
+    temporary_attributes,
+    without_buffer_broadcast,
+)
 
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
-
-@contextmanager
-def no_stats_update(model: nn.Module, layers: Choice = None) -> Iterator[None]:
-    """Batch norm normalizes by the batch as always in training, and writes nothing.
+def no_stats_update(model: nn.Module, layers: LayerSelection = None) -> Handle:
+    """Lets batch norm normalize by the batch, as in training, without writing anything.
 
     Running statistics and counters stay, bit for bit; outputs and gradients are those of training.
     ``torch.no_grad()`` does not do that: it stops gradients, not statistics. In evaluation nothing
-    changes. Costs nothing a call. May be nested and entered by several threads. The layers are
-    shared: they update again when the last one leaves, and a training step that another thread
-    takes on the same model meanwhile moves no statistics either.
+    changes. A call costs nothing extra. Several of these may overlap, nested or in several threads.
+    The layers are shared: they update again when the last handle is removed, and until then a
+    training step of another thread on the same model moves no statistics either.
 
-    It sets ``track_running_stats`` for a while, which all of torch's layers and ours ask for; a
-    subclass with a forward of its own has to ask too. ``copy.deepcopy`` and pickle give a copy that
-    updates as always; ``copy.copy`` of a layer shares its attributes, so set the flag of such a
-    copy yourself. Where a part of the model is checkpointed, the backward belongs inside: torch
-    wants the recomputation to be like the forward. ``DistributedDataParallel`` sends no buffers
-    around meanwhile; give the wrapped model, and on all ranks.
+    It sets ``track_running_stats``, which all of torch's layers and ours ask for; a subclass with a
+    forward of its own has to ask too. ``copy.deepcopy`` and pickle give a copy that updates as
+    always; ``copy.copy`` of a layer shares its attributes, so set the flag of such a copy yourself.
+    Where a part of the model is checkpointed, run the backward inside too: torch requires that the
+    recomputation be like the forward. ``DistributedDataParallel`` sends no buffers to other ranks;
+    pass the wrapped model, on all ranks.
 
     Args:
         model: Any module, also one wrapped in ``DistributedDataParallel`` or compiled.
-        layers: Which of its batch norm layers; None for all.
+        layers: The layers that stop updating; None for all.
+
+    Returns:
+        A handle; the layers update again after its ``with`` block, or its ``remove()``.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import no_stats_update
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> with no_stats_update(model):
+        ...     y = model(torch.randn(8, 4))
+        >>> int(model[1].num_batches_tracked)
+        0
     """
     chosen = batch_norms(model, layers, caller="no_stats_update").values()
     on = [layer for layer in chosen if layer.track_running_stats is not False]
     off = [layer for layer in chosen if layer.track_running_stats is False]
-    with (
-        changed(on, track_running_stats=OFF),
-        changed(off, track_running_stats=False),
-        no_broadcast(model),
-    ):
-        yield
+    with ExitStack() as stack:
+        stack.enter_context(temporary_attributes(on, track_running_stats=FALSE_UNTIL_COPIED))
+        stack.enter_context(temporary_attributes(off, track_running_stats=False))
+        stack.enter_context(without_buffer_broadcast(model))
+        return Handle(stack.pop_all().close)
 
 
-class Transaction:
-    """Decides about the statistics that have moved since the last `commit`, or the beginning."""
+def transaction(model: nn.Module, layers: LayerSelection = None) -> Transaction:
+    """Keeps the running statistics and counters that a step moves, or rolls them back.
 
-    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
-        self._stand_ins = StandIns(layers)
-        self._is_rolled_back = False
-        self._is_over = False
+    The end of the ``with`` block, or ``remove()``, keeps them, unless `Transaction.rollback` was
+    called; an exception rolls them back, bit for bit. Transactions may be nested: an outer one also
+    rolls back what an inner one kept.
 
-    def commit(self) -> None:
-        """Keeps what has moved so far, whatever comes.
-
-        Raises:
-            RuntimeError: The transaction is over.
-        """
-        self._check("commit")
-        self._stand_ins.keep()
-        self._is_rolled_back = False
-
-    def rollback(self) -> None:
-        """Puts back what has moved, now, and what moves after this, when the transaction ends.
-
-        Raises:
-            RuntimeError: The transaction is over.
-        """
-        self._check("rollback")
-        self._stand_ins.take_back()
-        self._is_rolled_back = True
-
-    def _end(self, *, failed: bool) -> None:
-        self._stand_ins.leave(keep=not (failed or self._is_rolled_back))
-        self._is_over = True
-
-    def _check(self, what: str) -> None:
-        if self._is_over:
-            raise RuntimeError(
-                f"transaction: {what}() came after the end; call it inside the with statement."
-            )
-
-
-@contextmanager
-def transaction(model: nn.Module, layers: Choice = None) -> Iterator[Transaction]:
-    """Keeps or puts back the running statistics and counters that a step moves.
-
-    Leaving keeps them, unless `Transaction.rollback` was called; an exception puts them back. They
-    come back bit for bit. May be nested: an outer one also takes back what an inner one kept.
-
-    It costs a copy of the statistics, which the layers work on meanwhile. Their own buffers, and
-    whatever refers to them from outside, see nothing before a commit or the end, when the values
-    are written into them. So nothing that autograd saved changes at a rollback: gradients are right
-    afterwards, be it in training or in evaluation, of forwards before and inside. What is kept is
+    It costs a copy of the statistics, on which the layers work inside. Their own buffers, and
+    whatever refers to them from outside, see nothing before a commit or the end, which write the
+    values into them. So nothing that autograd saved changes at a rollback: gradients are right
+    afterwards, in training and in evaluation, of forwards before and inside. What is kept behaves
     like any training step: torch's backward of an *evaluation* before it reads the statistics of
     after it; ours does not. A captured CUDA graph writes past the copies.
 
@@ -119,63 +96,121 @@ def transaction(model: nn.Module, layers: Choice = None) -> Iterator[Transaction
             if scaler.get_scale() < before:
                 step.rollback()
 
-    SAM: a second pass at other weights does not count (`no_stats_update` does the same without a
-    copy)::
-
-        loss(model(x), y).backward()
-        ascend()
-        with transaction(model) as second:
-            loss(model(x), y).backward()
-            second.rollback()
-
-    Meta-learning: an episode leaves nothing behind::
+    For a pass that never counts, such as the second one of SAM, `no_stats_update` does without a
+    copy. In meta-learning, an episode leaves nothing behind::
 
         for task in tasks:
             with transaction(learner) as episode:
                 adapt_and_evaluate(learner, task)
                 episode.rollback()
 
-    A GAN's discriminator in the generator's step::
-
-        with transaction(discriminator) as second:
-            loss(discriminator(generator(noise))).backward()
-            second.rollback()
-
     Args:
         model: Any module.
-        layers: Which of its batch norm layers; None for all.
+        layers: The layers whose statistics are decided about; None for all.
 
-    Yields:
-        The transaction, to call ``rollback()`` or ``commit()`` on.
+    Returns:
+        A handle with ``rollback()`` and ``commit()``.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
         RuntimeError: A layer is in a transaction of another thread, whose statistics could not be
             told from this one's.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import transaction
+        >>> layer = nn.BatchNorm1d(4)
+        >>> with transaction(layer) as step:
+        ...     loss = layer(torch.full((8, 4), torch.inf)).sum()
+        ...     if not loss.isfinite():
+        ...         step.rollback()
+        >>> layer.running_mean
+        tensor([0., 0., 0., 0.])
     """
-    chosen = batch_norms(model, layers, caller="transaction")
-    with _alone(chosen):
-        step = Transaction(chosen.values())
+    return Transaction(batch_norms(model, layers, caller="transaction"))
+
+
+class Transaction(Handle):
+    """Decides about the statistics that have moved since the last `commit`, or the beginning.
+
+    Args:
+        layers: The layers by name.
+
+    Raises:
+        RuntimeError: A layer is in a transaction of another thread.
+    """
+
+    def __init__(self, layers: dict[str, _BatchNorm]) -> None:
+        _claim(layers)
         try:
-            yield step
+            self._stand_ins = StandInBuffers(layers.values())
         except BaseException:
-            step._end(failed=True)
+            _release(layers)
             raise
-        step._end(failed=False)
+        super().__init__(lambda: _release(layers), self._end)
+        self._is_rolled_back = False
+        self._is_over = False
+
+    def commit(self) -> None:
+        """Keeps what has moved so far, also if the step fails later.
+
+        Raises:
+            RuntimeError: The transaction is over.
+        """
+        self._check("commit")
+        self._stand_ins.commit()
+        self._is_rolled_back = False
+
+    def rollback(self) -> None:
+        """Restores what has moved, now, and what moves after this, at the end.
+
+        Raises:
+            RuntimeError: The transaction is over.
+        """
+        self._check("rollback")
+        self._stand_ins.rollback()
+        self._is_rolled_back = True
+
+    def _fail(self, error: BaseException) -> None:
+        self._is_rolled_back = True
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._stand_ins.end(commit=not self._is_rolled_back)
+
+    def _check(self, action: str) -> None:
+        if self._is_over:
+            raise RuntimeError(
+                f"transaction: {action}() came after the end; call it inside the with statement."
+            )
 
 
-@contextmanager
-def _alone(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """Holds each layer's lock, which a thread may take several times."""
-    with ExitStack() as held:
+_claims: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+"""The thread that has a layer in a transaction, once for each transaction that is open."""
+_lock = threading.Lock()
+
+
+def _claim(layers: dict[str, _BatchNorm]) -> None:
+    """Claims all layers for this thread, or none."""
+    thread = threading.get_ident()
+    with _lock:
         for name, layer in layers.items():
-            lock = _locks.setdefault(layer, threading.RLock())
-            if not lock.acquire(blocking=False):
+            if _claims.get(layer, [thread])[-1] != thread:
                 raise RuntimeError(
                     f"transaction: layer {name!r} ({type(layer).__name__}) is in a transaction of "
                     "another thread, and a rollback would mix up the statistics of both; let that "
                     "one end first."
                 )
-            held.callback(lock.release)
-        yield
+        for layer in layers.values():
+            _claims.setdefault(layer, []).append(thread)
+
+
+def _release(layers: dict[str, _BatchNorm]) -> None:
+    with _lock:
+        for layer in layers.values():
+            claims = _claims[layer]
+            claims.pop()
+            if not claims:
+                del _claims[layer]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from types import SimpleNamespace
+import threading
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 import model_nets as nets
 from batchnorm.tools.acceleration import accelerate
+from batchnorm.tools.flow.tracing import trace
 from model_cases import (
     EXACT,
     assert_same_function,
@@ -168,6 +170,98 @@ def test_it_does_not_matter_which_function_is_unproven(function, reason):
     else:
         assert expected in accelerate(model).left[""]
     assert accelerate(model).relus == ()
+
+
+STRANGER = nn.Identity()
+STRANGER.double_it = True
+
+
+def reads_strangers(self, out, residual):
+    return F.relu(out) * (2 if self.stranger.double_it else 1)
+
+
+def hands_out_objects(self, out, residual):
+    return by_option(F.relu(out))
+
+
+OPTIONS = SimpleNamespace(double_it=True)
+
+
+def by_option(out, options=OPTIONS):
+    return 2 * out if options.double_it else out
+
+
+def by_method_of_strangers(self, out, residual):
+    return self.borrowed(F.relu(out))
+
+
+def doubled(stranger, out):
+    return 2 * out if stranger.double_it else out
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (reads_strangers, "reads 'stranger', a module that is not in it"),
+        (hands_out_objects, "calls by_option() with options, a SimpleNamespace"),
+        (by_method_of_strangers, "calls doubled() with stranger, a Identity"),
+    ],
+)
+def test_what_could_change_unseen_is_not_taken_for_a_constant(function, reason):
+    model = tail(function, stranger=STRANGER, borrowed=MethodType(doubled, STRANGER))
+    result = accelerate(model)
+    assert (result.replaced, result.relus) == (("bn",), ())
+    assert result.left[""] == f"its forward {reason}"
+
+
+def test_a_default_that_can_change_is_not_taken_for_a_constant():
+    options = SimpleNamespace(double_it=True)
+
+    def forward(self, x, options=options):
+        out = F.relu(self.bn(self.conv(x)))
+        return 2 * out if options.double_it else out
+
+    model = varied(type("Optional", (nets.Tail,), {"forward": forward})())
+    original = copy.deepcopy(model)
+    left = accelerate(model).left
+    reason = "has the default options, a SimpleNamespace, which may change"
+    assert left == {"": f"its forward {reason}"}
+    options.double_it = False
+    assert_same_function(model, original)
+
+
+def test_other_modules_and_classes_hear_nothing_of_a_trace():
+    """Another thread computes with layers of the same classes while a forward is traced."""
+    heard, outputs = [], []
+
+    class Registered(nn.ReLU):
+        def __init_subclass__(cls):
+            heard.append(cls)
+
+    other = nn.Sequential(nn.Conv2d(3, 4, 1), Registered())
+
+    class Probe(nn.Module):
+        @property
+        def flag(self):
+            thread = threading.Thread(target=lambda: outputs.append(other(images().float())))
+            thread.start()
+            thread.join()
+            return True
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))) if self.probe.flag else x
+
+    model = type("Observed", (nets.Tail,), {"forward": forward})()
+    model.probe, model.relu = Probe(), Registered()
+    kinds = [type(module) for module in model.modules()]
+    traced = trace(model)
+    assert [node.op for node in traced.graph.nodes] == [
+        "placeholder", "call_module", "call_module", "call_module", "output"
+    ]  # fmt: skip
+    assert [type(module) for module in model.modules()] == kinds
+    assert heard == []
+    assert_close(outputs[0], other(images().float()), **EXACT)
+    assert "__getattribute__" not in vars(nn.Module)
 
 
 class Stages(nn.Module):

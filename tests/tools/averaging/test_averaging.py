@@ -17,12 +17,7 @@ from torch.testing import assert_close
 import batchnorm
 import model_nets as nets
 from batchnorm.tools.acceleration import accelerate
-from batchnorm.tools.averaging import (
-    ema_update,
-    keep_statistics_in_float32,
-    let_statistics_follow,
-    merge_state_dicts,
-)
+from batchnorm.tools.averaging import ema_update, keep_statistics_in_float32, merge_state_dicts
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -406,15 +401,18 @@ def test_wider_dtypes_are_followed():
 )
 def test_copies_keep_it_too(duplicate):
     model = nets.LeNet()
-    keep_statistics_in_float32(model)
+    handle = keep_statistics_in_float32(model)
     twin = duplicate(model)
     twin.half()
     assert dtypes(twin) == {torch.float32}
     assert twin.conv1.weight.dtype == torch.float16
     assert model.conv1.weight.dtype == torch.float32
-    let_statistics_follow(model)
+    handle.remove()
     assert dtypes(model.half()) == {torch.float16}
     assert dtypes(twin.bfloat16()) == {torch.float32}
+    keep_statistics_in_float32(twin).remove()
+    assert dtypes(twin.bfloat16()) == {torch.bfloat16}
+    assert all("_apply" not in vars(module) for module in twin.modules())
 
 
 def test_state_dicts_both_ways():
@@ -435,13 +433,28 @@ def test_it_is_undone_without_a_trace():
     model = nets.LeNet()
     before = [set(vars(module)) for module in model.modules()]
     kinds = [type(module) for module in model.modules()]
-    keep_statistics_in_float32(model)
-    keep_statistics_in_float32(model)
-    assert [type(module) for module in model.modules()] == kinds
-    let_statistics_follow(model)
-    let_statistics_follow(model)
+    first = keep_statistics_in_float32(model)
+    with keep_statistics_in_float32(model):
+        assert [type(module) for module in model.modules()] == kinds
+        assert dtypes(model.half()) == {torch.float32}
+    first.remove()
     assert [set(vars(module)) for module in model.modules()] == before
     assert dtypes(model.half()) == {torch.float16}
+
+
+def test_an_apply_of_the_layers_own_still_runs_and_comes_back():
+    layer, calls = nn.BatchNorm1d(2), []
+
+    def own(fn, recurse=True):
+        calls.append(recurse)
+        return type(layer)._apply(layer, fn, recurse)
+
+    layer._apply = own
+    with keep_statistics_in_float32(layer):
+        assert layer.half().running_mean.dtype == torch.float32
+    assert calls == [False, False]
+    assert layer._apply is own
+    assert layer.half().running_mean.dtype == torch.float16
 
 
 def test_a_choice_of_layers_and_a_model_that_is_half_already():
@@ -452,14 +465,12 @@ def test_a_choice_of_layers_and_a_model_that_is_half_already():
         torch.float16,
         torch.float32,
     ]
-    let_statistics_follow(model, ["bn1"])
+    keep_statistics_in_float32(model, ["bn1"]).remove()
     model.bfloat16()
     assert model.bn1.running_var.dtype == torch.bfloat16
     assert model.bn3.running_var.dtype == torch.float32
     with pytest.raises(ValueError, match="keep_statistics_in_float32: no batch norm layer fits"):
         keep_statistics_in_float32(model, ["conv1"])
-    with pytest.raises(ValueError, match="let_statistics_follow: no batch norm layer fits"):
-        let_statistics_follow(model, ["conv1"])
 
 
 def test_activations_inside_a_layer_are_cast_as_usual():

@@ -149,7 +149,8 @@ def test_layers_without_statistics_have_moments_and_nothing_to_compare_them_with
     assert [record[key] for key in unknown] == [None] * 6
     assert (record["channels"], record["dead"]) == (4, 0.0)
     json.dumps(watched.to_dict(), allow_nan=False)
-    assert str(watched).splitlines()[-1].split() == ["(model)", *"---", "0%", *"--"]
+    last = str(watched).splitlines()[-1].split()
+    assert last == ["the", "model", "itself", *"---", "0%", *"--"]
 
 
 def test_modes_may_change_meanwhile():

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from batchnorm.tools.recalibration import recalibrate
-from batchnorm.tools.recalibration.ranks import Fate, uninterrupted
+from batchnorm.tools.recalibration.distributed import AllRanks, uninterrupted
 from ranks import on_two_ranks
 from recalibration_cases import bits, net, normal
 
@@ -214,10 +214,10 @@ def test_whatever_stops_one_rank_stops_all(cases, messages, tmp_path):
 
 
 def test_one_process_shares_with_itself():
-    with Fate() as fate:
-        assert fate.share(3) == [3]
-        fate.agree()
-    with pytest.raises(OSError, match="disk gone"), Fate():
+    with AllRanks() as ranks:
+        assert ranks.share(3) == [3]
+        ranks.agree()
+    with pytest.raises(OSError, match="disk gone"), AllRanks():
         raise OSError("disk gone")
 
 

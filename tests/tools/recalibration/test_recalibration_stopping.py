@@ -12,9 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from batchnorm.moments import Moments
-from batchnorm.tools.patching import Statistics
+from batchnorm.tools.patching import SavedBuffers
 from batchnorm.tools.recalibration import recalibrate
-from batchnorm.tools.recalibration.precision import Chunks
+from batchnorm.tools.recalibration.collector import ChunkedMoments
 from recalibration_cases import KINDS, bits, net, normal
 
 # Batches.
@@ -143,7 +143,7 @@ def test_the_standard_error_is_that_of_repeated_experiments(sizes):
     """Values of one batch hang together: their batch's own shift is most of their variance."""
     errors, means, variances = [], [], []
     for seed in range(200):
-        chunks = Chunks()
+        chunks = ChunkedMoments()
         shifts = normal(len(sizes), 1, seed=seed)
         data = [
             shift + normal(size, 1, seed=7919 * seed + place, std=0.5)
@@ -160,7 +160,7 @@ def test_the_standard_error_is_that_of_repeated_experiments(sizes):
 
 
 def test_chunks_grow_instead_of_their_number():
-    few, many = Chunks(), Chunks()
+    few, many = ChunkedMoments(), ChunkedMoments()
     for seed in range(256):
         x = normal(20, 3, seed=seed).double()
         many.add(Moments(20, x.mean(0), x.var(0, correction=0)))
@@ -290,14 +290,14 @@ def test_an_interrupted_write_is_undone(monkeypatch):
 
     counter = model[4].num_batches_tracked
     model[4].num_batches_tracked = counter.as_subclass(Interrupted)
-    put_back = []
-    original = Statistics.put_back
+    restored = []
+    original = SavedBuffers.restore
     monkeypatch.setattr(
-        Statistics, "put_back", lambda self: (put_back.append(None), original(self))
+        SavedBuffers, "restore", lambda self: (restored.append(None), original(self))
     )
     with pytest.raises(KeyboardInterrupt, match="now"):
         recalibrate(model, [normal(4, 3, 8, 8)])
-    assert put_back == [None]
+    assert len(restored) == 2  # buffers of other modules after the pass, and what was written
     model[4].num_batches_tracked = counter
     assert bits(model) == before
 

@@ -1,8 +1,7 @@
-"""``accelerate(model)`` puts our layers into a model that exists; ``restore(model)`` undoes it."""
+"""`accelerate` replaces torch's layers in an existing model by ours; `restore` undoes it."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,23 +12,22 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.nn.layers import LAYERS
 from batchnorm.tools.acceleration.fusion import FusedBlock, fuse
-from batchnorm.tools.acceleration.replacement import WithActivation, put_back, replace
+from batchnorm.tools.acceleration.replacement import WithActivation, replace, restore_class
 from batchnorm.tools.acceleration.verification import Differences, Snapshot, Verification
-
-_WIDTH = 80
+from batchnorm.tools.wording import counted, displayed, wrapped
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `accelerate` did; ``str()`` of it is a summary.
+    """Report of `accelerate`; ``str()`` of it is a summary.
 
     Attributes:
         replaced: Dotted names of the layers that are ours now.
-        relus: Of the layers that also compute the ReLU after them.
-        additions: Of the layers that also compute an addition and the ReLU after it.
-        left: Layers and blocks that stay as they are, by name, and why.
-        verified: Whether outputs, gradients and buffers were compared with the original's.
-        differences: How far they are apart, if they were compared.
+        relus: Dotted names of the layers that also compute the ReLU after them.
+        additions: Dotted names of the layers that also compute an addition and the ReLU after it.
+        left: Layers and blocks that stay as they are: the reason by name.
+        verified: True if outputs, gradients and buffers were compared with the original's.
+        differences: The largest differences found, if they were compared.
     """
 
     replaced: tuple[str, ...]
@@ -40,24 +38,24 @@ class Acceleration:
     differences: Differences | None
 
     def __str__(self) -> str:
-        lines = [*self._what(), *self._checked()]
+        lines = [*self._summary(), *self._comparison()]
         if self.left:
             lines.append("Left as they are:")
             for name, reason in self.left.items():
-                lines.append(f"  {name or 'the model itself'}: {reason}")
-        return "\n".join(_wrapped(line) for line in lines)
+                lines.append(f"  {displayed(name)}: {reason}")
+        return "\n".join(wrapped(line, "    " if line[0] == " " else "") for line in lines)
 
-    def _what(self) -> Iterator[str]:
+    def _summary(self) -> Iterator[str]:
         if not (self.replaced or self.relus or self.additions):
             yield "Nothing new to accelerate."
             return
-        yield f"Replaced {_count(len(self.replaced), 'batch norm layer')}."
+        yield f"Replaced {counted(len(self.replaced), 'batch norm layer')}."
         yield (
-            f"Fused {_count(len(self.relus), 'ReLU')} into the layer before, and "
-            f"{_count(len(self.additions), 'addition')} with the ReLU after it."
+            f"Fused {counted(len(self.relus), 'ReLU')} into the layer before, and "
+            f"{counted(len(self.additions), 'addition')} with the ReLU after it."
         )
 
-    def _checked(self) -> Iterator[str]:
+    def _comparison(self) -> Iterator[str]:
         if self.differences is not None:
             found = self.differences
             yield (
@@ -72,11 +70,11 @@ class Acceleration:
 
 @dataclass(frozen=True)
 class Restoration:
-    """What `restore` did; ``str()`` of it is a sentence.
+    """Report of `restore`; ``str()`` of it is a sentence.
 
     Attributes:
-        layers: How many layers are torch's again.
-        blocks: How many blocks have their own forward again.
+        layers: Number of layers that are torch's again.
+        blocks: Number of blocks that have their own forward again.
     """
 
     layers: int
@@ -85,18 +83,19 @@ class Restoration:
     def __str__(self) -> str:
         if self.layers == self.blocks == 0:
             return "Nothing to restore: the model is not accelerated."
-        layers, blocks = _count(self.layers, "layer"), _count(self.blocks, "block")
+        layers, blocks = counted(self.layers, "layer"), counted(self.blocks, "block")
         return f"Restored {layers} and the forward of {blocks}."
 
 
 def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
-    """Replaces torch's batch norm layers by ours, in place, and fuses what comes after them.
+    """Replaces torch's batch norm layers by ours, in place, and fuses ReLUs and additions.
 
     Parameters, buffers, hooks, ``state_dict`` and optimizers stay what they are: the layers are the
-    same objects with another class. ReLUs, and additions before them, are fused where the data flow
-    proves that nothing else sees what comes between; `Acceleration.left` says where and why not.
-    A model that is copied or pickled stays accelerated. Accelerate before ``torch.compile`` and
-    before wrapping in ``DistributedDataParallel``. Not thread-safe while it runs.
+    same objects with another class. A ReLU after a layer, and an addition before it, is fused where
+    the data flow proves that nothing else uses the values between; `Acceleration.left` has the
+    places where it is not, with the reason. A model that is copied or pickled stays accelerated.
+    Call it before ``torch.compile`` and before wrapping in ``DistributedDataParallel``. Not
+    thread-safe with calls of the model while it runs.
 
     Args:
         model: Any module; it may have been accelerated before.
@@ -106,13 +105,22 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
             generators. None compares nothing.
 
     Returns:
-        What was done.
+        The names of the layers that were replaced and fused; ``print`` shows a summary.
 
     Raises:
         TypeError: ``example_input`` is something else.
         ValueError: The model cannot run without being changed, because a layer is lazy.
         RuntimeError: The accelerated model computes something else. After this, and after every
             other exception, the model is what it was.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> result = batchnorm.accelerate(model, torch.randn(4, 3, 16, 16))
+        >>> result.replaced, result.relus, result.verified
+        (('1',), ('1',), True)
+        >>> isinstance(model[1], batchnorm.BatchNorm2d)
+        True
     """
     if example_input is not None:
         _check_initialized(model)
@@ -120,20 +128,29 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
     try:
         return _accelerate(model, example_input, before)
     except BaseException:
-        before.put_back()
+        before.restore()
         raise
 
 
 def restore(model: nn.Module) -> Restoration:
-    """Undoes `accelerate`, also on a copy; trained parameters and statistics stay.
+    """Undoes `accelerate`, also on a copy; parameters and statistics keep their current values.
 
     Args:
         model: Any module; nothing happens to one that is not accelerated.
 
     Returns:
-        How much was restored.
+        The number of layers and blocks that were restored.
+
+    Example:
+        >>> import batchnorm
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU())
+        >>> _ = batchnorm.accelerate(model)
+        >>> print(batchnorm.restore(model))
+        Restored 1 layer and the forward of 1 block.
+        >>> type(model[1]) is nn.BatchNorm1d
+        True
     """
-    changed = [module for module in model.modules() if put_back(module)]
+    changed = [module for module in model.modules() if restore_class(module)]
     layers = sum(isinstance(module, _BatchNorm) for module in changed)
     return Restoration(layers, len(changed) - layers)
 
@@ -178,7 +195,7 @@ def _check_initialized(model: nn.Module) -> None:
 
 
 def _called_by(block: nn.Module) -> Iterator[nn.Module]:
-    """The children, and those in containers, which have no forward of their own."""
+    """Yields the children, and those in containers, which have no forward of their own."""
     for child in block.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _called_by(child)
@@ -188,11 +205,3 @@ def _called_by(block: nn.Module) -> Iterator[nn.Module]:
 
 def _may_fuse(module: nn.Module) -> bool:
     return isinstance(module, LAYERS) and not isinstance(module, WithActivation)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _wrapped(line: str) -> str:
-    return textwrap.fill(line, _WIDTH, subsequent_indent="    " if line.startswith(" ") else "")

@@ -1,36 +1,34 @@
-"""Blocks whose ReLUs, and additions before them, are computed in the batch norm's own pass.
+"""Fuses the ReLUs of a block, and additions before them, into its batch norm layers.
 
 A fused block has another class, made from its own, with a rewritten forward. Nothing is written
 into the block itself, so copies, hooks, ``state_dict`` and ``isinstance`` stay as they are; nor
-into its layers: whoever calls one directly gets plain batch norm. At each call the rewritten
-forward first asks whether all that the proof rests on still holds; if not, it calls the original.
+into its layers: a direct call of one computes batch norm alone. At each call the rewritten forward
+first checks the conditions of its trace; if one fails, it calls the original.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-import types
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 
 from batchnorm.nn.layers import LAYERS
 from batchnorm.tools.acceleration.replacement import (
     Sum,
-    derived,
-    obstacle_of,
-    set_class,
+    obstacle_to_skipping,
+    subclass_named_like,
     with_relu,
     with_residual,
 )
 from batchnorm.tools.flow.assumptions import Unproven
-from batchnorm.tools.flow.tracing import Trace, module_at, trace
-from batchnorm.tools.patching.recomputation import Quieting
+from batchnorm.tools.flow.tracing import Trace, change_class, module_at, trace
+from batchnorm.tools.patching.recomputation import RecomputationHook
+from batchnorm.torch_internals import global_hooks
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -39,25 +37,21 @@ _MAKERS_OF_NEW_TENSORS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-_OWN_WAYS = (
+_CUSTOM_METHODS = (
     *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getattribute__"),
     *("__deepcopy__", "__copy__", "__init_subclass__"),
-)
-_GLOBAL_HOOKS = (
-    *("_global_forward_hooks", "_global_forward_pre_hooks"),
-    *("_global_backward_hooks", "_global_backward_pre_hooks"),
 )
 _Members = tuple[tuple[tuple[str, ...], type[nn.Module]], ...]
 
 
 @dataclass
 class Fusions:
-    """What was fused in one block.
+    """Report on one block.
 
     Attributes:
         relus: Names of the layers that now apply the ReLU after them.
         additions: Names of the layers that now add what was added to them, and apply the ReLU.
-        left: Why something was not fused, by the name of the layer; the block's own name is empty.
+        left: Reasons why something was not fused, by layer; the block's own name is empty.
     """
 
     relus: list[str] = field(default_factory=list)
@@ -66,19 +60,20 @@ class Fusions:
 
 
 class FusedBlock:
-    """A block with a rewritten forward. Its class is made anew for each copy.
+    """Block with a rewritten forward. Each copy gets a class of its own.
 
-    A copy holds the original class and the state, and no code: the forward is traced again.
+    A copy or a pickle holds the original class and the state, and no code: the forward is traced
+    again.
     """
 
-    _plain: ClassVar[type[nn.Module]]
+    _class_before_accelerate: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _waiting, (self._plain,), self.__dict__
+        return _rebuild_fused, (self._class_before_accelerate,), self.__dict__
 
 
 def fuse(block: nn.Module) -> Fusions:
-    """Rewrites the block's forward with everything fused in it that can be proven."""
+    """Rewrites the block's forward, with everything fused that is proven to be the same."""
     fusions = Fusions()
     try:
         _check_class(block)
@@ -91,7 +86,7 @@ def fuse(block: nn.Module) -> Fusions:
         match = _match(block, traced.graph, relu)
         if match is None:
             continue
-        obstacles = [f"{n}: {o}" for n, m in match.members(block) if (o := obstacle_of(m))]
+        obstacles = [f"{n}: {o}" for n, m in match.members(block) if (o := obstacle_to_skipping(m))]
         if obstacles:
             fusions.left[match.name] = f"the ReLU after it stays, because of {obstacles[0]}"
             continue
@@ -100,13 +95,13 @@ def fuse(block: nn.Module) -> Fusions:
         match.rewrite(traced.graph)
     if members:
         paths = tuple((tuple(name.split(".")), kind) for name, kind in members.items())
-        set_class(block, _fused_class(block, traced, paths))
+        change_class(block, _fused_class(block, traced, paths))
     return fusions
 
 
 @dataclass
 class _Match:
-    """A layer, what lies between it and a ReLU, and the ReLU."""
+    """A layer, a ReLU after it, and the nodes between the two."""
 
     layer: fx.Node
     identities: list[fx.Node]
@@ -120,13 +115,13 @@ class _Match:
         return str(self.layer.target)
 
     def members(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules that the rewritten forward does not call."""
+        """Returns the modules that the rewritten forward does not call."""
         nodes = [self.layer, *self.identities, self.relu]
         names = [str(node.target) for node in nodes if node.op == "call_module"]
         return [(name, block.get_submodule(name)) for name in names]
 
     def rewrite(self, graph: fx.Graph) -> None:
-        """Puts one node where the layer was, or where the addition was."""
+        """Writes one node in the place of the layer, or of the addition."""
         with graph.inserting_before(self.addition or self.layer):
             layer = graph.get_attr(self.name)
             arguments = (layer, self.layer.args[0])
@@ -143,7 +138,7 @@ class _Match:
 def _match(block: nn.Module, graph: fx.Graph, relu: fx.Node) -> _Match | None:
     if not _is_relu(block, relu):
         return None
-    end, after = _behind_identities(block, relu.args[0])
+    end, after = _skip_identities(block, relu.args[0])
     if end is None:
         return None
     if _is_layer(block, end):
@@ -157,16 +152,16 @@ def _match(block: nn.Module, graph: fx.Graph, relu: fx.Node) -> _Match | None:
         choices = [(first, second, "y += r")]
     matches = []
     for operand, residual, sum_ in choices:
-        layer, before = _behind_identities(block, operand)
+        layer, before = _skip_identities(block, operand)
         if layer is None or residual is operand or not isinstance(residual, fx.Node):
             continue
-        if _is_layer(block, layer) and _may_wait(block, graph, layer, end):
+        if _is_layer(block, layer) and _may_run_at(block, graph, layer, end):
             matches.append(_Match(layer, [*before, *after], relu, end, residual, sum_))
     return max(matches, key=lambda match: match.layer, default=None)
 
 
-def _behind_identities(block: nn.Module, node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
-    """What ``node`` is the same as, and the identities passed; None if others use it too."""
+def _skip_identities(block: nn.Module, node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
+    """Returns the node behind identities, and these; None if something else uses a result too."""
     identities: list[fx.Node] = []
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if not _is_identity(block, node):
@@ -195,18 +190,18 @@ def _is_relu(block: nn.Module, node: fx.Node) -> bool:
 def _is_layer(block: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return False
-    return _is_plain_layer(block.get_submodule(str(node.target)))
+    return _can_fuse(block.get_submodule(str(node.target)))
 
 
-def _is_plain_layer(layer: nn.Module | None) -> bool:
+def _can_fuse(layer: nn.Module | None) -> bool:
     return isinstance(layer, LAYERS) and type(layer) in LAYERS and layer.activation is None
 
 
-def _may_wait(block: nn.Module, graph: fx.Graph, layer: fx.Node, place: fx.Node) -> bool:
-    """Whether the layer gives the same result if it is computed later, at ``place``.
+def _may_run_at(block: nn.Module, graph: fx.Graph, layer: fx.Node, place: fx.Node) -> bool:
+    """Tells if the layer gives the same result when it is computed later, at ``place``.
 
-    What lies between must not use the layer, nor change the layer's input in place. The latter is
-    sure of an input that nobody else knows: the fresh result of a convolution or a linear layer.
+    The nodes between must not use the layer, nor change the layer's input in place. The latter is
+    certain if nothing else refers to the input: the new result of a convolution or a linear layer.
     """
     between = [n for n in graph.nodes if layer < n < place and not _is_identity(block, n)]
     if not between:
@@ -224,64 +219,57 @@ def _may_wait(block: nn.Module, graph: fx.Graph, layer: fx.Node, place: fx.Node)
 def _check_class(block: nn.Module) -> None:
     if "forward" in vars(block):
         raise Unproven("was replaced on this object")
-    for name in _OWN_WAYS:
+    for name in _CUSTOM_METHODS:
         homes = [kind for kind in type(block).__mro__ if name in vars(kind)]
         if homes and homes[0] not in (nn.Module, object):
             raise Unproven(f"belongs to a class with a {name} of its own")
 
 
 def _fused_class(block: nn.Module, traced: Trace, members: _Members) -> type[nn.Module]:
-    plain, source = type(block), traced.source
+    original, source = type(block), traced.source
     run = type(fx.GraphModule(block, traced.graph)).forward
 
     @functools.wraps(source)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
-            plain.forward is source
+            original.forward is source
             and traced.holds(self, args, kwargs)
-            and _are_as_before(self, members)
+            and _may_skip(self, members)
         ):
             return run(self, *args)
-        return plain.forward(self, *args, **kwargs)
+        return original.forward(self, *args, **kwargs)
 
-    return derived(plain, (FusedBlock,), {"forward": forward})
+    return subclass_named_like(original, (FusedBlock,), {"forward": forward})
 
 
-def _are_as_before(block: nn.Module, members: _Members) -> bool:
-    """Whether the modules that a call would pass over are still there and nobody listens."""
-    if _somebody_listens_to_all():
+def _may_skip(block: nn.Module, members: _Members) -> bool:
+    """Tells if the modules that the rewritten forward skips are unchanged and have no hooks.
+
+    Of hooks on all modules `RecomputationHook` does not count: it needs to see blocks only.
+    """
+    if not all(isinstance(hook, RecomputationHook) for hook in global_hooks()):
         return False
     for path, kind in members:
         module = module_at(block, path)
-        if module is None or type(module) is not kind or obstacle_of(module) is not None:
+        if module is None or type(module) is not kind or obstacle_to_skipping(module) is not None:
             return False
-        if kind in LAYERS and not _is_plain_layer(module):
+        if kind in LAYERS and not _can_fuse(module):
             return False
     return True
 
 
-def _somebody_listens_to_all() -> bool:
-    """Whether modules have global hooks other than ours, which needs to see blocks only."""
-    if not torch_module._has_any_global_hook():
-        return False
-    hooks = [hook for kind in _GLOBAL_HOOKS for hook in getattr(torch_module, kind).values()]
-    return not all(isinstance(hook, Quieting) for hook in hooks)
+class _UnpicklingBlock:
+    """Copied block without its state; when that is set, the block is traced and fused again."""
 
-
-class _Waiting:
-    """A copied block that waits for its state."""
-
-    _plain: ClassVar[type[nn.Module]]
+    _class_before_accelerate: ClassVar[type[nn.Module]]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         block: Any = self
-        set_class(block, self._plain)
+        change_class(block, self._class_before_accelerate)
         block.__setstate__(state)
         fuse(block)
 
 
-def _waiting(plain: type[nn.Module]) -> nn.Module:
-    kind: Any = types.new_class(
-        plain.__name__, (_Waiting, plain), exec_body=lambda names: names.update(_plain=plain)
-    )
+def _rebuild_fused(original: type[nn.Module]) -> nn.Module:
+    kind = subclass_named_like(original, (_UnpicklingBlock,), {})
     return kind.__new__(kind)

@@ -1,6 +1,6 @@
-"""One layer replaced by ours: the same object with another class.
+"""Replaces one layer by ours: the same object gets another class.
 
-Nothing is copied, so parameters, buffers, hooks, flags, aliases and whatever an optimizer holds
+Nothing is copied, so parameters, buffers, hooks, flags, aliases and the references of an optimizer
 stay what they are, and going back is exact.
 """
 
@@ -19,6 +19,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.nn.functional import Activation
 from batchnorm.nn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.tools.flow.tracing import change_class
+from batchnorm.torch_internals import has_hooks
 
 Sum = Literal["y + r", "r + y", "y += r"]
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -27,7 +29,6 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 _MARK = "_class_before_accelerate"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REPLACED_FORWARD = "its forward was replaced on this object"
 
 
@@ -35,14 +36,14 @@ def replace(layer: _BatchNorm) -> str | None:
     """Gives one of torch's layers our class.
 
     Returns:
-        None, or why the layer is left as it is.
+        None, or the reason why the layer is left as it is.
     """
     kind = type(layer)
     if "forward" in vars(layer):
         return _REPLACED_FORWARD
     if kind in _OURS:
         layer.__dict__[_MARK] = kind
-        set_class(layer, _OURS[kind])
+        change_class(layer, _OURS[kind])
         return None
     if isinstance(layer, LazyModuleMixin):
         return "it is lazy and has not seen an input yet"
@@ -52,40 +53,36 @@ def replace(layer: _BatchNorm) -> str | None:
         return f"it is a {kind.__name__}, a class of its own"
     if not _is_act_of_drop(layer):
         return f"it is a {kind.__name__}, and does not compute act(drop(batch_norm(x)))"
-    set_class(layer, _class_with_activation(kind))
+    change_class(layer, _class_with_activation(kind))
     return None
 
 
-def put_back(module: nn.Module) -> bool:
-    """Gives a module the class that it had; says whether it had another one."""
-    plain = type(module).__dict__.get("_plain") or module.__dict__.pop(_MARK, None)
-    if plain is not None:
-        set_class(module, plain)
-    return plain is not None
+def restore_class(module: nn.Module) -> bool:
+    """Gives a module the class that it had before; False if it was never changed."""
+    original = type(module).__dict__.get(_MARK) or module.__dict__.pop(_MARK, None)
+    if original is not None:
+        change_class(module, original)
+    return original is not None
 
 
-def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Changes the class of an object, whatever its ``__setattr__`` does."""
-    object.__setattr__(module, "__class__", kind)
-
-
-def obstacle_of(module: nn.Module) -> str | None:
-    """Why a module must be called as it is: somebody listens, or its forward is not its class's."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+def obstacle_to_skipping(module: nn.Module) -> str | None:
+    """Returns why a module must be called itself (hooks, a replaced forward), or None."""
+    if has_hooks(module):
         return "it has hooks"
     return _REPLACED_FORWARD if "forward" in vars(module) else None
 
 
 def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
-    """``relu(layer(x))`` in one pass, by the forward of the class."""
+    """Computes ``relu(layer(x))`` in one pass, by the forward of the class."""
     view: Any = _view(layer)
     return type(view).forward(view, x)
 
 
 def with_residual(layer: nn.Module, x: Tensor, residual: Any, sum_: Sum) -> Tensor:
-    """``relu`` of the sum of ``y = layer(x)`` and the residual ``r``.
+    """Computes ``relu`` of the sum of ``y = layer(x)`` and the residual ``r``.
 
-    In one pass if both have one shape, layout and dtype; otherwise exactly as it was written.
+    It takes one pass if both have one shape, layout and dtype; otherwise the operations run exactly
+    as they were written.
     """
     fits = (
         isinstance(residual, Tensor)
@@ -103,7 +100,7 @@ def with_residual(layer: nn.Module, x: Tensor, residual: Any, sum_: Sum) -> Tens
 
 
 class _ReLU:
-    """A view of a layer: the very same state, and a ReLU.
+    """View of a layer: it shares the layer's state, and has a ReLU.
 
     A view lives for one call, so a call that is not fused never sees the ReLU.
     """
@@ -136,49 +133,51 @@ def _view(layer: nn.Module) -> BatchNorm1d | BatchNorm2d | BatchNorm3d:
     return view
 
 
-def derived(
-    plain: type[nn.Module], bases: Iterable[type], namespace: dict[str, Any]
+def subclass_named_like(
+    original: type[nn.Module], bases: Iterable[type], namespace: dict[str, Any]
 ) -> type[nn.Module]:
-    """A subclass of ``plain`` with its name, which `put_back` knows."""
-    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, **namespace, "_plain": plain}
-    return types.new_class(plain.__name__, (*bases, plain), exec_body=lambda ns: ns.update(body))
+    """Makes a subclass with the name of ``original``, to which `restore_class` returns."""
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body = {**names, **namespace, _MARK: original}
+    return types.new_class(
+        original.__name__, (*bases, original), exec_body=lambda ns: ns.update(body)
+    )
 
 
 class WithActivation:
     """timm's ``BatchNormAct2d``: ``act(drop(batch_norm(x)))``, with ours inside."""
 
-    _plain: ClassVar[type[nn.Module]]
+    _class_before_accelerate: ClassVar[type[nn.Module]]
     drop: nn.Module
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        """``act(drop(batch_norm(input)))``, in one pass if that is a ReLU."""
+        """Computes ``act(drop(batch_norm(input)))``, in one pass if that is a ReLU."""
         if self.fuses():
             return with_relu(self, input)  # pyright: ignore[reportArgumentType]
         normalized = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
         return self.act(self.drop(normalized))
 
     def fuses(self) -> bool:
-        """Whether nothing but a ReLU comes after the normalization."""
+        """Tells if nothing but a ReLU comes after the normalization."""
         return (
             type(self.drop) is nn.Identity
             and type(self.act) is nn.ReLU
-            and obstacle_of(self.drop) is None
-            and obstacle_of(self.act) is None
+            and obstacle_to_skipping(self.drop) is None
+            and obstacle_to_skipping(self.act) is None
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_with_activation, (self._plain,), self.__dict__
+        return _new_with_activation, (self._class_before_accelerate,), self.__dict__
 
 
 @functools.cache
-def _class_with_activation(plain: type[nn.Module]) -> type[nn.Module]:
-    return derived(plain, (WithActivation, BatchNorm2d), {})
+def _class_with_activation(original: type[nn.Module]) -> type[nn.Module]:
+    return subclass_named_like(original, (WithActivation, BatchNorm2d), {})
 
 
-def _new_with_activation(plain: type[nn.Module]) -> nn.Module:
-    kind = _class_with_activation(plain)
+def _new_with_activation(original: type[nn.Module]) -> nn.Module:
+    kind = _class_with_activation(original)
     return kind.__new__(kind)
 
 
@@ -193,11 +192,11 @@ class _Squared(nn.Module):
 
 
 def _is_act_of_drop(layer: nn.BatchNorm2d) -> bool:
-    """Tries the layer's class on numbers, with known functions for ``drop`` and ``act``."""
+    """Runs the layer's class on numbers, with known functions for ``drop`` and ``act``."""
     for training in (True, False):
-        expected = _plain_probe(layer).train(training)
+        expected = _torch_layer_like(layer).train(training)
         probe = type(layer).__new__(type(layer))
-        probe.__dict__.update({**layer.__dict__, **_plain_probe(layer).__dict__})
+        probe.__dict__.update({**layer.__dict__, **_torch_layer_like(layer).__dict__})
         probe.__dict__.pop("train", None)
         probe._modules = {"drop": _PlusOne(), "act": _Squared()}
         probe.train(training)
@@ -213,8 +212,8 @@ def _is_act_of_drop(layer: nn.BatchNorm2d) -> bool:
     return True
 
 
-def _plain_probe(layer: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """Torch's layer with the options of ``layer``, three channels and telling numbers."""
+def _torch_layer_like(layer: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """Makes torch's layer with the options of ``layer``, three channels and random numbers."""
     probe = nn.BatchNorm2d(
         3,
         eps=layer.eps,

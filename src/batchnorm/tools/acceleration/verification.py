@@ -1,14 +1,17 @@
-"""Does a changed model still compute the same? Outputs, gradients and buffers are compared.
+"""Compares a changed model with the original: outputs, gradients and buffers.
 
-Two right computations differ in their last digits, and a deep network in training can blow such a
-difference up by many orders of magnitude, so no fixed tolerance would do. How far it blows up is
+Two right computations differ in their last digits, and a deep network in training can amplify such
+a difference by many orders of magnitude, so no fixed tolerance would do. The amplification is
 measured: the *original* model runs again with the input of every batch norm layer moved at random,
-by up to 64 units in the last place of its largest value. Whatever moves then may differ by four
-times that much and 64 units in the last place of its own largest value, but not more.
+by up to 64 units in the last place of its largest value. A result may differ by four times as much
+as it moved then, plus 64 units in the last place of its own largest value.
 
 A ReLU whose input is almost zero may switch, and then a gradient jumps. If one jumped in the
-changed model, it jumps in about every second of the runs that imitate rounding; so before anything
-is called wrong, there are more of these.
+changed model, it jumps in about every second of the runs that imitate rounding; so these are
+repeated, up to 16 times, before a result is called wrong.
+
+Models run in their own dtype. A comparison in float64 would need no tolerance, but would compare
+other kernels than those that the user will run, and not every model can be converted.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.tools.flow.tracing import change_class
+from batchnorm.tools.patching import Handle, SavedTensors, batch_norms, listen
 
 Results = dict[str, Tensor]
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -32,35 +37,36 @@ _MODES = {False: "evaluation", True: "training"}
 
 
 class Snapshot:
-    """Everything about a model that can be put back: classes, attributes, and tensors if wanted.
+    """Everything about a model that can be restored: classes, attributes, and tensors if wanted.
 
     Args:
         model: The model.
-        tensors: Whether to keep the values of parameters, buffers and gradients, and the state of
-            the random number generators, too.
+        tensors: Also saves the values of parameters, buffers and gradients, and the state of the
+            random number generators.
     """
 
     def __init__(self, model: nn.Module, *, tensors: bool) -> None:
         self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-        held = [value for *_, attributes in self._modules for value in attributes.values()]
-        self._containers = [(v, v.copy()) for v in held if type(v) in _CONTAINERS]
-        self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._grads: list[tuple[Tensor, Tensor | None]] = []
-        self._random: dict[str, Any] = {}
+        values = [value for *_, attributes in self._modules for value in attributes.values()]
+        self._containers = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
+        parameters = list(model.parameters()) if tensors else []
+        self._grads = [(parameter, parameter.grad) for parameter in parameters]
+        saved = [*parameters, *(grad for _, grad in self._grads if grad is not None)]
         if tensors:
-            self._keep_tensors(model, [value for value in held if isinstance(value, Tensor)])
+            saved += [*model.buffers(), *(value for value in values if isinstance(value, Tensor))]
+        self._tensors = SavedTensors(saved)
+        self._random = _random_state() if tensors else {}
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Makes the model what it was, bit for bit, with the same objects in the same places."""
         for module, kind, attributes in self._modules:
-            object.__setattr__(module, "__class__", kind)
+            change_class(module, kind)
             module.__dict__.clear()
             module.__dict__.update(attributes)
         for container, content in self._containers:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
-        for tensor, value in self._tensors:
-            tensor.data.copy_(value)
+        self._tensors.restore()
         for parameter, grad in self._grads:
             parameter.grad = grad
         self.rewind_random()
@@ -75,29 +81,26 @@ class Snapshot:
         if "cuda" in self._random:
             torch.cuda.set_rng_state_all(self._random["cuda"])
 
-    def _keep_tensors(self, model: nn.Module, others: list[Tensor]) -> None:
-        parameters = list(model.parameters())
-        grads = [parameter.grad for parameter in parameters]
-        kept = [*parameters, *model.buffers(), *others, *(g for g in grads if g is not None)]
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in kept]
-        self._grads = list(zip(parameters, grads, strict=True))
-        self._random = {
-            "torch": torch.get_rng_state(),
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-        }
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            self._random["cuda"] = torch.cuda.get_rng_state_all()
+
+def _random_state() -> dict[str, Any]:
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest differences found, as shares of the largest output and the largest gradient.
+    """Largest differences, as fractions of the largest output and of the largest gradient.
 
     Attributes:
-        output: Between the outputs of the two models.
-        gradient: Between their gradients.
-        rounding_of_output: Between the original's outputs and its own when rounding is imitated.
+        output: Difference of the outputs of the two models.
+        gradient: Difference of their gradients.
+        rounding_of_output: Difference of the original's outputs from those with imitated rounding.
         rounding_of_gradient: The same for the gradients.
     """
 
@@ -108,15 +111,15 @@ class Differences:
 
 
 class Verification:
-    """The results of a model as it is, against which a changed one is held.
+    """Results of the original model, to which those of the changed one are compared.
 
     Args:
         model: The original.
         example_input: One tensor, a tuple of arguments or a dict of keyword arguments.
-        before: The state from which every run starts.
+        before: State from which every run starts.
 
     Raises:
-        TypeError: ``example_input`` is neither.
+        TypeError: ``example_input`` is of another type.
     """
 
     def __init__(self, model: nn.Module, example_input: Any, before: Snapshot) -> None:
@@ -130,13 +133,13 @@ class Verification:
                 self._imitate_rounding(model, seed, training=training)
 
     def check(self, model: nn.Module) -> Differences:
-        """Runs the changed model and puts its tensors and flags back.
+        """Runs the changed model and restores its tensors and flags.
 
         Raises:
             RuntimeError: Something differs by more than rounding; the message names it.
         """
         changed = Snapshot(model, tensors=False)
-        shares: dict[str, list[float]] = {"output": [], "gradient": []}
+        found: dict[str, list[float]] = {"output": [], "gradient": []}
         rounding: dict[str, list[float]] = {"output": [], "gradient": []}
         for training in _MODES:
             actual = self._run(model, training=training)
@@ -147,24 +150,23 @@ class Verification:
                 if seed is None:
                     raise RuntimeError(wrong)
                 self._imitate_rounding(model, seed, training=training)
-            self._before.put_back()
-            changed.put_back()
-            for kind in shares:
-                shares[kind].append(self._share(distances, kind, training=training))
+            self._before.restore()
+            changed.restore()
+            for kind in found:
+                found[kind].append(self._relative(distances, kind, training=training))
                 moved = self._rounding[training]
-                rounding[kind].append(self._share(moved, kind, training=training))
-        return Differences(*(max(values) for values in (*shares.values(), *rounding.values())))
+                rounding[kind].append(self._relative(moved, kind, training=training))
+        return Differences(*(max(values) for values in (*found.values(), *rounding.values())))
 
     def _imitate_rounding(self, model: nn.Module, seed: int, *, training: bool) -> None:
-        """Runs the original, disturbed, and notes how far everything moves at most."""
-        self._before.put_back()
-        _disturb(model, seed)
+        """Runs the original with disturbed inputs, and records how far each result moves."""
+        self._before.restore()
+        with _disturbed(model, seed):
+            results = self._run(model, training=training)
+        self._before.restore()
         moved = self._rounding[training]
-        for name, distance in self._distances(
-            self._run(model, training=training), training=training
-        ).items():
+        for name, distance in self._distances(results, training=training).items():
             moved[name] = max(moved.get(name, 0.0), distance)
-        self._before.put_back()
 
     def _distances(self, actual: Results, *, training: bool) -> dict[str, float]:
         expected = self._expected[training]
@@ -173,7 +175,7 @@ class Verification:
         return missing | {name: _distance(actual[name], expected[name]) for name in common}
 
     def _disagreement(self, distances: dict[str, float], *, training: bool) -> str | None:
-        """What is wrong, as a message, or None."""
+        """Returns the message about the first wrong result, or None."""
         for name, distance in distances.items():
             expected = self._expected[training].get(name)
             allowed = 4 * self._rounding[training].get(name, 0.0)
@@ -187,8 +189,8 @@ class Verification:
                 )
         return None
 
-    def _share(self, distances: dict[str, float], kind: str, *, training: bool) -> float:
-        """The largest distance as a share of the largest value of that kind."""
+    def _relative(self, distances: dict[str, float], kind: str, *, training: bool) -> float:
+        """Returns the largest distance relative to the largest value of that kind."""
         expected = self._expected[training]
         names = [name for name in expected if name.startswith(f"the {kind}")]
         size = max((_size(expected[name]) for name in names), default=0.0)
@@ -196,7 +198,7 @@ class Verification:
         return distance / size if size > 0 else distance
 
     def _run(self, model: nn.Module, *, training: bool) -> Results:
-        """Outputs, gradients and buffers of one call."""
+        """Returns outputs, gradients and buffers of one call."""
         self._before.rewind_random()
         model.train(training)
         leaves: Results = {}
@@ -237,7 +239,7 @@ def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _with_leaves(value: Any, name: str, leaves: Results) -> Any:
-    """A copy of the arguments in which every floating tensor hangs on a leaf in ``leaves``."""
+    """Copies the arguments, and makes a leaf in ``leaves`` for each floating tensor."""
     if isinstance(value, Tensor):
         copy = value.detach().clone()
         if not copy.is_floating_point():
@@ -266,26 +268,24 @@ def _tensors_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors_in(item, f"{name}.{key}")
 
 
-def _disturb(model: nn.Module, seed: int) -> None:
+def _disturbed(model: nn.Module, seed: int) -> Handle:
+    """Moves the input of every batch norm layer at random, by a few units in the last place."""
     generator = torch.Generator().manual_seed(seed)
 
-    def move(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        x, *rest = args
+    def move(_: str, x: Tensor) -> Tensor:
         noise = torch.rand(x.shape, generator=generator)
         if x.dim() > 1:
             channels = torch.rand(x.shape[1], generator=generator)
             noise = noise + channels.reshape(-1, *[1] * (x.dim() - 2))
         eps = torch.finfo(x.dtype).eps
         step = max(2 * eps, min(64 * eps, 4e-3)) * x.detach().abs().amax()
-        return (x + (noise - 1).to(x.device, x.dtype) * step, *rest)
+        return x + (noise - 1).to(x.device, x.dtype) * step
 
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.register_forward_pre_hook(move)
+    return listen(batch_norms(model, caller="accelerate"), move, caller="accelerate")
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference; infinite where only one is finite, or the shapes or dtypes differ."""
+    """Returns the largest difference; infinite if shapes, dtypes or infinities do not agree."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return math.inf
     if a.numel() == 0:

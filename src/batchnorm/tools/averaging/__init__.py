@@ -2,11 +2,6 @@
 
 from batchnorm.tools.averaging.checkpoints import merge_state_dicts
 from batchnorm.tools.averaging.moving import ema_update
-from batchnorm.tools.averaging.precision import keep_statistics_in_float32, let_statistics_follow
+from batchnorm.tools.averaging.precision import keep_statistics_in_float32
 
-__all__ = [
-    "ema_update",
-    "keep_statistics_in_float32",
-    "let_statistics_follow",
-    "merge_state_dicts",
-]
+__all__ = ["ema_update", "keep_statistics_in_float32", "merge_state_dicts"]

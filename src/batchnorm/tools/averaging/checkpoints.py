@@ -22,16 +22,16 @@ def merge_state_dicts(
     ``running_mean`` and ``running_var`` become those of all data together, with the variance
     between the parts, which a mean of variances loses. ``running_var`` is unbiased, of as many
     values as ``counts`` says, and so is the result: if each part's statistics are exact, so are the
-    merged ones. ``num_batches_tracked`` is what ``base`` had and what each part has counted since.
-    Every other tensor is the mean weighted by ``counts``, in float64 and rounded once to its dtype.
-    Costs one pass over all tensors.
+    merged ones. ``num_batches_tracked`` is the counter of ``base`` plus the batches that each part
+    has counted since. Every other tensor is the mean weighted by ``counts``, in float64 and rounded
+    once to its dtype. Costs one pass over all tensors.
 
     Args:
         state_dicts: At least one; all with the same names, shapes and dtypes. Not changed.
-        counts: How many samples each one has seen; at least two, because a variance needs that
-            many. For a soup of models that were trained on the same data give each the number of
-            samples in it.
-        base: The checkpoint from which all of them went on: the server's of this federated round,
+        counts: Number of samples of each one; at least two, because a variance needs that many.
+            For a soup of models that were trained on the same data give each the number of samples
+            in it.
+        base: The checkpoint from which all of them started: the server's of this federated round,
             or the one that a soup's models were fine-tuned from. Only its counters are read. None
             if each was trained from scratch; otherwise the batches of the base would count once for
             each part, and ten times more after every round of ten clients.
@@ -44,6 +44,16 @@ def merge_state_dicts(
             or dtypes differ, an integer that is no counter differs, a counter is less than in
             ``base`` or missing there, or the sum of counters is too large for their dtype.
         TypeError: An entry is not a tensor.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm import merge_state_dicts
+        >>> parts = [
+        ...     {"running_mean": torch.tensor([mean]), "running_var": torch.tensor([1.0])}
+        ...     for mean in (0.0, 4.0)
+        ... ]
+        >>> merge_state_dicts(parts, [100, 100])["running_var"]  # a mean of the two would be 1
+        tensor([5.0151])
 
     Source:
         `batchnorm.moments.merge_moments`; the mean of parameters is McMahan et al. (2017),

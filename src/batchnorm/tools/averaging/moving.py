@@ -1,4 +1,4 @@
-"""``ema_update``: a second model that follows the first one slowly."""
+"""``ema_update``: a second model that follows the first one slowly; it changes values, for good."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge_moments
-from batchnorm.tools.patching import batch_norms, keeps_statistics
+from batchnorm.tools.patching import batch_norms, has_running_statistics
 
 Policy = Literal["copy", "average", "merge"]
 
@@ -22,24 +22,36 @@ def ema_update(
 
     For mean teachers, BYOL, target networks, and averaged weights for evaluation. Integer counters
     and all buffers that are no running statistics are copied. Arithmetic is float32 at least, and
-    the result is rounded once, to the target's dtype. A step smaller than half a unit in the last
-    place is lost in that: with a decay of 0.999 the target should be float32.
+    the result is rounded once, to the target's dtype. Rounding drops a step smaller than half a
+    unit in the last place: with a decay of 0.999 the target should be float32.
 
     Args:
         target: Changed in place; any mode, any dtype and device.
         model: Not changed; same names and shapes.
         decay: Weight of the target's old value, in [0, 1]; 0 copies.
-        statistics: What becomes of the running statistics. ``"copy"`` takes the model's: they
-            already are an average over many batches, of activations under weights close to the
-            target's. ``"average"`` treats them like parameters: smoother, and for the variance too
-            small by what the means differ. ``"merge"`` takes them as moments of a share of
-            :math:`d` and of :math:`1 - d` of the data:
+        statistics: The policy for running statistics. ``"copy"`` takes the model's: they already
+            are an average over many batches, of activations under weights close to the target's.
+            ``"average"`` treats them like parameters: smoother, but the variance lacks the spread
+            between the two means. ``"merge"`` takes them as moments of a share of :math:`d` and
+            of :math:`1 - d` of the data:
             :math:`d\,v_t + (1 - d)\,v_m + d (1 - d) (\mu_m - \mu_t)^2`. Where none of them is exact
             enough, recalibrate the target.
 
     Raises:
         ValueError: ``decay`` is not in [0, 1], the policy is unknown, names or shapes differ, or a
-            tensor has no values, being on the meta device. Nothing has been changed then.
+            tensor is on the meta device, without values. Nothing has been changed then.
+
+    Example:
+        >>> import copy
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import ema_update
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> teacher = copy.deepcopy(model)
+        >>> y = model(torch.randn(8, 4))
+        >>> ema_update(teacher, model, decay=0.99)
+        >>> torch.equal(teacher[1].running_mean, model[1].running_mean)
+        True
 
     Source:
         Tarvainen and Valpola (2017), "Mean teachers are better role models"; ``"copy"`` is what
@@ -95,9 +107,9 @@ _Pair = tuple[Tensor, Tensor]
 def _statistics(
     target: nn.Module, targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]
 ) -> Iterator[tuple[_Pair, _Pair]]:
-    """The target's and the model's running mean, and their running variance, of every layer."""
+    """Pairs the target's and the model's running mean, and running variance, of every layer."""
     for name, layer in batch_norms(target, caller="ema_update").items():
-        if keeps_statistics(layer):
+        if has_running_statistics(layer):
             prefix = f"{name}." if name else ""
             names = f"{prefix}running_mean", f"{prefix}running_var"
             mean, var = ((targets[name], sources[name]) for name in names)
@@ -111,13 +123,13 @@ def _move(tensor: Tensor, source: Tensor, decay: float) -> None:
 
 
 def _move_statistics(mean: _Pair, var: _Pair, decay: float, *, between: bool) -> None:
-    """With the variance between the two means, or without."""
+    """Merges two statistics; ``between`` adds the variance between the two means."""
     if not between:
         _move(*mean, decay)
         _move(*var, decay)
         return
     device = mean[0].device
-    # Filled there: the device would be waited for to bring it a number.
+    # Filled on the device: to copy a number there would wait for the device.
     share = torch.full((), decay, dtype=torch.float64, device=device)
     parts = [
         Moments(weight, m.to(device), v.to(device))

@@ -1,83 +1,84 @@
-"""Batch norm layers that stay in float32 when the model around them is made smaller.
+"""``keep_statistics_in_float32``: batch norm layers that stay in float32 in a smaller model.
 
 In bfloat16 a running statistic has eight bits: a step of less than 1/512 of it is rounded away, and
-with a small momentum it stops far from where it should go.
+with a small momentum it stops far from where it should go. Until the handle is removed the layers
+refuse smaller dtypes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching import Choice, batch_norms
+from batchnorm.tools.patching import Handle, LayerSelection, ReplacedMethod, batch_norms
 
 
-def keep_statistics_in_float32(model: nn.Module, layers: Choice = None) -> None:
-    """Batch norm layers keep float32 through ``.half()``, ``.bfloat16()`` and ``.to(dtype)``.
+def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) -> Handle:
+    """Keeps batch norm layers in float32 through ``.half()``, ``.bfloat16()`` and ``.to(dtype)``.
 
-    Running statistics are what needs it; ``weight`` and ``bias`` stay too, because torch computes
-    with half precision input only where all four have one dtype. Layers that are half already
-    become float32. Wider dtypes are followed: ``.double()`` gives float64. The layers take and
-    return half precision as before, at the same cost. Copies, also pickled ones, go on keeping it;
-    ``state_dict`` has the same names, with float32 inside. ``load_state_dict(assign=True)`` takes
-    the dtype of what is assigned. `let_statistics_follow` undoes it.
+    Only running statistics need it; ``weight`` and ``bias`` stay too, because torch computes with
+    half precision input only where all four have one dtype. Layers that are half already become
+    float32. Wider dtypes are followed: ``.double()`` gives float64. The layers take and return
+    half precision as before, at the same cost. ``state_dict`` has the same names, with float32
+    inside. ``load_state_dict(assign=True)`` takes the dtype of what is assigned.
+
+    Copies and pickles of the model keep float32 too. Call this again on one of them, or on the
+    model itself, for a handle that ends it there.
 
     Args:
-        model: Changed in place; calling it again is harmless.
-        layers: Which layers.
+        model: Changed in place; calling this again is harmless.
+        layers: The layers to keep; None for all.
+
+    Returns:
+        A handle. After its ``remove()``, or the end of its ``with`` block, the layers follow the
+        model's dtype; they stay in float32 until the model is cast again.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
+
+    Example:
+        >>> from torch import nn
+        >>> from batchnorm import keep_statistics_in_float32
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> handle = keep_statistics_in_float32(model)
+        >>> model = model.bfloat16()
+        >>> model[0].weight.dtype, model[1].running_mean.dtype
+        (torch.bfloat16, torch.float32)
     """
-    for layer in batch_norms(model, layers, caller="keep_statistics_in_float32").values():
-        if not isinstance(vars(layer).get("_apply"), _Keeping):
-            layer.__dict__["_apply"] = _Keeping(layer)
+    chosen = batch_norms(model, layers, caller="keep_statistics_in_float32").values()
+    casts = []
+    for layer in chosen:
+        cast = _Float32Cast.find(layer)
+        if cast is None:
+            cast = _Float32Cast(layer)
+            cast.install()
+        casts.append(cast)
         layer._apply(_identity)
+    return Handle(*(cast.uninstall for cast in casts))
 
 
-def let_statistics_follow(model: nn.Module, layers: Choice = None) -> None:
-    """Undoes `keep_statistics_in_float32`: from now on the layers follow the model's dtype.
+class _Float32Cast(ReplacedMethod):
+    """Replaces ``_apply``, through which every cast and every move of a module goes."""
 
-    Dtypes stay what they are until the model is cast again.
+    method = "_apply"
 
-    Args:
-        model: Nothing happens to layers that do not keep float32.
-        layers: Which layers.
-
-    Raises:
-        TypeError: ``model`` is not a module, or ``layers`` is one string.
-        ValueError: A name fits no layer, or a layer is lazy.
-    """
-    for layer in batch_norms(model, layers, caller="let_statistics_follow").values():
-        if isinstance(vars(layer).get("_apply"), _Keeping):
-            del layer.__dict__["_apply"]
-
-
-class _Keeping:
-    """Stands before a layer's ``_apply``, through which every cast and move of a module goes."""
-
-    def __init__(self, layer: _BatchNorm) -> None:
-        self._layer = layer
-
-    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def call(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Casts the layer to float32 at least, and modules inside it as asked."""
         if recurse:
-            for child in self._layer.children():
+            for child in self.module.children():
                 child._apply(fn)
 
-        def kept(tensor: Tensor) -> Tensor:
+        def cast(tensor: Tensor) -> Tensor:
             changed = fn(tensor)
             wide = torch.promote_types(changed.dtype, torch.float32)
             if not changed.is_floating_point() or changed.dtype == wide:
                 return changed
             return tensor.to(changed.device, torch.float32)
 
-        plain: Any = type(self._layer)._apply
-        return plain(self._layer, kept, recurse=False)
+        return self.original(cast, recurse=False)
 
 
 def _identity(tensor: Tensor) -> Tensor:

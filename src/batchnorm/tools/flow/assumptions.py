@@ -1,8 +1,9 @@
-"""Watches what a forward calls and reads while ``torch.fx`` traces it.
+"""Records what a forward calls and reads while it is traced.
 
-fx writes down what happens to tensors and silently bakes in whatever else the forward looked at:
-flags, attributes, the clock. Here every function that the forward calls and every attribute that it
-reads is known to be harmless, or becomes a condition, or the forward is given up with a reason.
+A trace holds what happens to tensors. Whatever else the forward looks at (flags, attributes, the
+clock) would silently become a constant of the graph. So each function that the forward calls and
+each attribute that it reads must be known to be harmless, or becomes a condition of the trace, or
+the forward is refused with a reason.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import math
 import operator
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType, MethodType, ModuleType
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +28,7 @@ _CONTAINERS = (
     *(nn.ModuleList, nn.ModuleDict, nn.Sequential),
     *(nn.ParameterList, nn.ParameterDict),
 )
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
+_COMPARABLE = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
 _HARMLESS_FUNCTIONS = (iter, len, max, min, next, sum, abs, any, all, sorted, getattr)
 _HARMLESS_OWNERS = (math, operator, sys.modules["_operator"])
 _HARMLESS_TYPES = (list, tuple, dict, str, int, float, range)
@@ -59,16 +60,16 @@ _FORBIDDEN = {
 
 
 class Unproven(Exception):
-    """Why a block cannot be rewritten: a clause whose subject is the block's forward."""
+    """Reason why a forward cannot be followed: a clause whose subject is that forward."""
 
 
 class Read(NamedTuple):
-    """What a forward found when it read an attribute of a module.
+    """One attribute of a module that a forward read.
 
     Attributes:
-        path: Names of the children from the block to the module.
+        path: Names of the children from the traced module to the module that was read.
         name: The attribute.
-        found: What it was, see `found_in`.
+        found: Its `fingerprint`.
     """
 
     path: tuple[str, ...]
@@ -76,44 +77,50 @@ class Read(NamedTuple):
     found: Any
 
 
-def found_in(value: Any) -> Any:
-    """What a traced forward depends on in a value that it read.
+def fingerprint(value: Any) -> Any:
+    """Reduces an attribute to what a traced forward depends on.
 
     A child is called by its name and may be replaced, so only its presence matters; of a container
-    the names of its children matter too. None stands for a value that is missing, or that cannot be
+    the names of its children matter too. None means that the value is missing, or that it cannot be
     compared cheaply.
     """
     if isinstance(value, _CONTAINERS):
-        children = [(name, found_in(child)) for name, child in value._modules.items()]
+        children = [(name, fingerprint(child)) for name, child in value._modules.items()]
         return ("children", *children, *value._parameters)
     if isinstance(value, (nn.Module, Tensor)):
         return "present"
     if isinstance(value, MethodType):
         return value.__func__
-    if value is not None and _is_plain(value):
+    if value is not None and _is_comparable(value):
         return (type(value), value)
     return None
 
 
-def _is_plain(value: Any) -> bool:
+def is_constant(value: Any) -> bool:
+    """Tells whether a default argument can be trusted to stay what it is."""
+    return _is_comparable(value) or inspect.isroutine(value) or isinstance(value, type)
+
+
+def _is_comparable(value: Any) -> bool:
     if type(value) is tuple:
-        return all(_is_plain(item) for item in value)
-    return type(value) in _PLAIN
+        return all(_is_comparable(item) for item in value)
+    return type(value) in _COMPARABLE
 
 
-class Watch:
-    """Sees what a block's forward, and all that it calls outside torch, calls and reads.
+class Assumptions:
+    """Conditions under which the trace of a module's forward is right, collected while it runs.
 
     Attributes:
-        reads: What it read, to be found again at each call.
-        read_training: Whether it asked for the block's own ``training``.
-        lists: Names of the arguments that it takes for lists, because they are no tensors.
+        paths: Names of the children from the traced module to each module in it, by ``id``.
+        reads: What the forward read, to be compared at each later call.
+        read_training: Whether the forward read the module's own ``training``.
+        lists: Names of the arguments that the forward takes for lists, because they are no tensors.
     """
 
-    def __init__(self, block: nn.Module, code: CodeType) -> None:
-        self.block = block
+    def __init__(self, root: nn.Module, code: CodeType) -> None:
+        self.root = root
         self.code = code
-        self.paths = {id(m): tuple(n.split(".")) if n else () for n, m in block.named_modules()}
+        self.paths = {id(m): tuple(n.split(".")) if n else () for n, m in root.named_modules()}
         self.watched: set[CodeType] = set()
         self.calls: Counter[Any] = Counter()
         self.reads: dict[Read, None] = {}
@@ -122,27 +129,12 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches this thread. Like fx's own tracing it changes ``nn.Module`` meanwhile."""
-
-        @no_type_check  # a check would stand between the forward and this function
-        def read(module: nn.Module, name: str) -> Any:
-            if sys._getframe(1).f_code not in self.watched:
-                return object.__getattribute__(module, name)
-            try:
-                value = object.__getattribute__(module, name)
-            except AttributeError:
-                self._note(module, name, _child(module, name))
-                raise
-            self._note(module, name, value)
-            return value
-
-        nn.Module.__getattribute__ = read
-        sys.setprofile(self._see)
+        """Watches the calls that the admitted functions make, in this thread only."""
+        sys.setprofile(self._on_event)
         try:
             yield
         finally:
             sys.setprofile(None)
-            del nn.Module.__getattribute__
 
     def admit(self, code: CodeType, variables: dict[str, Any]) -> None:
         """Watches a function from now on, before it runs for the first time.
@@ -164,8 +156,24 @@ class Watch:
             before.append(step)
         self.watched.add(code)
 
+    def record_read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Makes a condition of an attribute that the forward read.
+
+        Raises:
+            Unproven: Its value cannot be compared later, or what is read of it would be missed.
+        """
+        if name == "training" and module is self.root:
+            self.read_training = True
+            return
+        if isinstance(value, nn.Module) and id(value) not in self.paths:
+            raise Unproven(f"reads {name!r}, a module that is not in it")
+        found = fingerprint(value)
+        if found is None and value is not None:
+            raise Unproven(f"reads {name!r}, a {type(value).__name__}")
+        self.reads[Read(self.paths[id(module)], name, found)] = None
+
     def check_calls(self, graph: fx.Graph) -> None:
-        """Each call of one of torch's functions must have become a node.
+        """Checks that each call of one of torch's functions has become a node.
 
         Raises:
             Unproven: One took no traced tensor, such as a random number.
@@ -175,17 +183,18 @@ class Watch:
             if nodes[function] < count:
                 raise Unproven(f"calls torch.{function.__name__}() without one of its tensors")
 
-    def _see(self, frame: FrameType, event: str, function: Any) -> None:
+    def _on_event(self, frame: FrameType, event: str, function: Any) -> None:
+        """Checks a call that an admitted function makes; the callback of ``sys.setprofile``."""
         if event == "c_call" and frame.f_code in self.watched:
-            self._calls(frame, function)
+            self._check_c_function(frame, function)
         elif event == "call" and frame.f_back and frame.f_back.f_code in self.watched:
-            self._enters(frame)
+            self._check_python_function(frame)
 
-    def _calls(self, frame: FrameType, function: Any) -> None:
-        """A function written in C is harmless, or belongs into the graph (`check_calls`)."""
+    def _check_c_function(self, frame: FrameType, function: Any) -> None:
+        """A function written in C must be harmless, or become a node (`check_calls`)."""
         name = getattr(function, "__name__", str(function))
         if function is isinstance:
-            self._asks_type(frame)
+            self._check_isinstance(frame)
             return
         if function in _HARMLESS_FUNCTIONS:
             return
@@ -199,8 +208,8 @@ class Watch:
             return
         raise Unproven(f"calls {name}()")
 
-    def _asks_type(self, frame: FrameType) -> None:
-        """``isinstance(argument, Tensor)`` is false of a traced argument: it stands for a list."""
+    def _check_isinstance(self, frame: FrameType) -> None:
+        """``isinstance(argument, Tensor)`` is false of a traced argument, as it is of a list."""
         steps = [step for step in _steps(frame.f_code) if step.offset < frame.f_lasti]
         while steps[-1].opname in ("PRECALL", "CALL"):
             steps.pop()
@@ -214,13 +223,15 @@ class Watch:
             raise Unproven("calls isinstance()")
         self.lists.add(subject.argval)
 
-    def _enters(self, frame: FrameType) -> None:
+    def _check_python_function(self, frame: FrameType) -> None:
         """A function written in Python is watched too, unless it is torch's and harmless."""
         code, module = frame.f_code, frame.f_globals.get("__name__", "")
-        if code in self.watched or module in _OURS:
+        if module in _OURS:
             return
         if module.split(".")[0] != "torch" or code is nn.Sequential.forward.__code__:
-            self.admit(code, frame.f_globals)
+            if code not in self.watched:
+                self.admit(code, frame.f_globals)
+            self._check_arguments(code, frame.f_locals)
             return
         if f"{module}.".startswith(_TORCH_PYTHON) or code is torch._assert.__code__:
             return
@@ -228,16 +239,22 @@ class Watch:
             return
         raise Unproven(f"calls {module}.{code.co_qualname}()")
 
-    def _note(self, module: nn.Module, name: str, value: Any) -> None:
-        if name == "training" and module is self.block:
-            self.read_training = True
+    def _check_arguments(self, code: CodeType, values: Mapping[str, Any]) -> None:
+        """Refuses arguments that can change unseen: among them may be defaults of the function."""
+        if code.co_name.startswith("<"):  # A comprehension takes an iterator of watched code.
             return
-        if id(module) not in self.paths:
-            raise Unproven(f"reads {name!r} of a module that is not its child")
-        found = found_in(value)
-        if found is None and value is not None:
-            raise Unproven(f"reads {name!r}, a {type(value).__name__}")
-        self.reads[Read(self.paths[id(module)], name, found)] = None
+        for name, value in values.items():
+            if not self._is_traced(value):
+                raise Unproven(f"calls {code.co_name}() with {name}, a {type(value).__name__}")
+
+    def _is_traced(self, value: Any) -> bool:
+        if isinstance(value, (list, tuple, set)):
+            return all(self._is_traced(item) for item in value)
+        if isinstance(value, dict):
+            return all(self._is_traced(item) for item in value.values())
+        if isinstance(value, nn.Module):
+            return id(value) in self.paths
+        return isinstance(value, (fx.Proxy, range, slice)) or is_constant(value)
 
 
 def _steps(code: CodeType) -> list[dis.Instruction]:
@@ -246,7 +263,7 @@ def _steps(code: CodeType) -> list[dis.Instruction]:
 
 
 def _loads_argument(step: dis.Instruction, code: CodeType) -> bool:
-    """Whether a step loads an argument as it was given."""
+    """Tells whether a step loads an argument as it was given."""
     if not step.opname.startswith("LOAD_FAST") or isinstance(step.argval, tuple):
         return False
     stores = [s.argval for s in _steps(code) if s.opname.startswith("STORE_FAST")]
@@ -254,17 +271,10 @@ def _loads_argument(step: dis.Instruction, code: CodeType) -> bool:
     return step.argval in code.co_varnames[: code.co_argcount] and step.argval not in stored
 
 
-def _child(module: nn.Module, name: str) -> Any:
-    for kind in ("_parameters", "_buffers", "_modules"):
-        if name in module.__dict__[kind]:
-            return module.__dict__[kind][name]
-    return None
-
-
 def _check_global(
     before: list[dis.Instruction], step: dis.Instruction, variables: dict[str, Any]
 ) -> None:
-    """Global modules, functions and classes are fine; global data may change."""
+    """Admits global modules, functions and classes; global data may change."""
     if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and before:
         origin = before[-1]
         value = _global(origin.argval, variables) if origin.opname == "LOAD_GLOBAL" else None
@@ -288,7 +298,7 @@ def _global(name: str, variables: dict[str, Any]) -> Any:
 
 
 def _check_identity(before: list[dis.Instruction], step: dis.Instruction, code: CodeType) -> None:
-    """A traced tensor is never None and never another one, so only sure cases may ask."""
+    """Refuses questions of identity, whose answer for a traced tensor is always the same."""
     if step.opname == "IS_OP":
         if before[-1].opname != "LOAD_CONST" or before[-1].argval is not None:
             raise Unproven("compares by identity")

@@ -1,20 +1,26 @@
-"""The forward of one block as a graph, with the conditions under which the graph is right."""
+"""Traces the forward of one module to a graph, with the conditions under which the graph is right.
+
+``torch.fx`` brings the graph and the proxies. Its ``Tracer`` is not used, because it replaces
+methods of ``nn.Module`` for the whole process while it traces. Here only the traced module and the
+modules in it have another class for that time.
+"""
 
 from __future__ import annotations
 
 import inspect
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute
+from torch.fx.proxy import Attribute, GraphAppendingTracer
 
-from batchnorm.tools.flow.assumptions import Read, Unproven, Watch, found_in
+from batchnorm.tools.flow.assumptions import Assumptions, Read, Unproven, fingerprint, is_constant
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,10 @@ class Trace:
     """A forward as a graph, right as long as its conditions hold.
 
     Attributes:
-        graph: Every operation in order, each child module one node.
+        graph: Every operation in order, each call of a module in the traced one as one node.
         source: The forward as it is written.
         arguments: For each argument its type, ``Tensor`` or ``list``.
-        children: Names of the block's children, in order.
+        children: Names of the traced module's children, in order.
         reads: What the forward must find.
     """
 
@@ -35,49 +41,49 @@ class Trace:
     children: tuple[str, ...]
     reads: tuple[Read, ...]
 
-    def holds(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the graph computes what the forward would for this call."""
-        if kwargs or len(args) != len(self.arguments) or tuple(block._modules) != self.children:
+    def holds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tells whether the graph computes what the forward would for this call."""
+        if kwargs or len(args) != len(self.arguments) or tuple(module._modules) != self.children:
             return False
         for argument, kind in zip(args, self.arguments, strict=True):
             if not isinstance(argument, kind):
                 return False
         for path, name, found in self.reads:
-            module = module_at(block, path)
-            if module is None or found_in(getattr(module, name, None)) != found:
+            owner = module_at(module, path)
+            if owner is None or fingerprint(getattr(owner, name, None)) != found:
                 return False
         return True
 
 
-def trace(block: nn.Module) -> Trace:
-    """Traces the forward of ``block``; every child is one node.
+def trace(module: nn.Module) -> Trace:
+    """Traces the forward of ``module`` without running it on numbers.
 
-    The block's parameters, buffers and flags stay as they are.
+    Parameters, buffers and flags stay as they are. Not thread-safe with calls of this very module.
 
     Raises:
         Unproven: The graph might differ from the forward for some input or state.
     """
-    source = type(block).forward
-    names = _arguments_of(source)
+    source = type(module).forward
+    names = _required_arguments(source)
     if sys.getprofile() is not None:
         raise Unproven("cannot be watched while a profiler runs")
-    training = block.__dict__["training"]
+    training = module.__dict__["training"]
     try:
-        graph, watch = _run(block, source, names)
-        if watch.read_training:
-            block.__dict__["training"] = not training
-            other, _ = _run(block, source, names)
+        graph, assumptions = _trace_once(module, source, names)
+        if assumptions.read_training:
+            module.__dict__["training"] = not training
+            other, _ = _trace_once(module, source, names)
             if _text(other) != _text(graph):
                 raise Unproven("does other things in training than in evaluation")
     finally:
-        block.__dict__["training"] = training
-    kinds = tuple(list if name in watch.lists else Tensor for name in names)
-    return Trace(graph, source, kinds, tuple(block._modules), tuple(watch.reads))
+        module.__dict__["training"] = training
+    kinds = tuple(list if name in assumptions.lists else Tensor for name in names)
+    return Trace(graph, source, kinds, tuple(module._modules), tuple(assumptions.reads))
 
 
-def module_at(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    """The descendant of ``block`` at ``path``, None if there is none."""
-    module: nn.Module | None = block
+def module_at(root: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    """Returns the descendant of ``root`` at ``path``, None if there is none."""
+    module: nn.Module | None = root
     for name in path:
         if module is None:
             return None
@@ -85,12 +91,16 @@ def module_at(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
     return module
 
 
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Changes the class of an object, whatever its ``__setattr__`` does."""
+    object.__setattr__(module, "__class__", kind)
+
+
 def _text(graph: fx.Graph) -> str:
     return graph.python_code(root_module="self").src
 
 
-def _arguments_of(source: Any) -> list[str]:
-    """Names of the arguments that must be given."""
+def _required_arguments(source: Any) -> list[str]:
     if not isinstance(source, FunctionType) or hasattr(source, "__wrapped__"):
         raise Unproven("is wrapped by a decorator")
     if str(source.__module__).split(".")[0] == "torch" and source is not nn.Sequential.forward:
@@ -99,28 +109,32 @@ def _arguments_of(source: Any) -> list[str]:
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise Unproven("takes any number of arguments")
-    given = [parameter for parameter in parameters if parameter.default is parameter.empty]
-    if any(parameter.kind is parameter.KEYWORD_ONLY for parameter in given):
+        if parameter.default is not parameter.empty and not is_constant(parameter.default):
+            kind = type(parameter.default).__name__
+            raise Unproven(f"has the default {parameter.name}, a {kind}, which may change")
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    if any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required):
         raise Unproven("takes an argument that must be named")
-    return [parameter.name for parameter in given]
+    return [parameter.name for parameter in required]
 
 
-def _run(block: nn.Module, source: Any, names: list[str]) -> tuple[fx.Graph, Watch]:
-    """Traces once; random numbers drawn by mistake are put back."""
-    watch = Watch(block, source.__code__)
-    watch.admit(source.__code__, source.__globals__)
+def _trace_once(module: nn.Module, source: Any, names: list[str]) -> tuple[fx.Graph, Assumptions]:
+    """Runs the forward on proxies; random numbers drawn by mistake are put back."""
+    assumptions = Assumptions(module, source.__code__)
+    assumptions.admit(source.__code__, source.__globals__)
+    tracer = _Tracer(module)
+    inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
     try:
-        with torch.random.fork_rng(devices=[]), watch.watching():
-            graph = _Tracer(names).trace(block)
+        with torch.random.fork_rng(devices=[]), _observed(tracer, assumptions):
+            output = source(module, *inputs)
+        tracer.create_proxy("output", "output", (output,), {})
     except Unproven:
         raise
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise Unproven(f"cannot be traced ({line or type(error).__name__})") from error
-    watch.check_calls(graph)
-    for node in graph.nodes:
-        node.type = None
-    return graph, watch
+    assumptions.check_calls(tracer.graph)
+    return tracer.graph, assumptions
 
 
 class _InPlace:
@@ -134,7 +148,7 @@ class _InPlace:
 
 
 def _recorded(target: Callable[..., Any]) -> Callable[..., Any]:
-    @no_type_check  # as in `Watch.watching`
+    @no_type_check  # A run-time check would stand between the forward and this function.
     def method(proxy: fx.Proxy, other: Any) -> fx.Proxy:
         return proxy.tracer.create_proxy("call_function", target, (proxy, other), {})
 
@@ -151,26 +165,93 @@ class _Proxy(_InPlace, fx.Proxy):
         return _Attribute(self, name)  # pyright: ignore[reportCallIssue]
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
+class _Tracer(GraphAppendingTracer):
+    """Writes nodes for one module; its tensors and the modules in it are known by name."""
 
-    def __init__(self, names: list[str]) -> None:
-        super().__init__(autowrap_modules=())  # pyright: ignore[reportArgumentType]
-        self.names = names
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        tensors = [self.create_proxy("placeholder", name, (), {}) for name in self.names]
-        return root_fn, [self.root, *tensors]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(fx.Graph())
+        self.root = root
+        self.modules = {id(module): name for name, module in root.named_modules()}
+        tensors = (*root.named_parameters(), *root.named_buffers())
+        self.tensors = {id(tensor): name for name, tensor in tensors}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def tensor(self, value: Any) -> Any:
+        """Returns a proxy for a parameter or buffer, and anything else as it is."""
+        if isinstance(value, Tensor) and id(value) in self.tensors:
+            return self.create_proxy("get_attr", self.tensors[id(value)], (), {})
+        return value
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        if module is self.root:
+            raise Unproven("calls the module itself")
+        return self.create_proxy("call_module", self.modules[id(module)], args, kwargs)
+
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            raise Unproven("uses a tensor that is neither an argument nor a buffer")
+        name = self.tensors.get(id(a), self.modules.get(id(a)))
+        if name:
+            return self.create_node("get_attr", name, (), {})
+        if isinstance(a, Tensor):
+            raise Unproven("uses a tensor that is neither an argument nor a parameter nor a buffer")
         return super().create_arg(a)
+
+
+@contextmanager
+def _observed(tracer: _Tracer, assumptions: Assumptions) -> Iterator[None]:
+    """Lets the traced module and all modules in it report what is read of them and called."""
+    before = [(module, type(module)) for module in tracer.root.modules()]
+    observed = {kind: _observed_class(kind, tracer, assumptions) for _, kind in before}
+    try:
+        for module, kind in before:
+            change_class(module, observed[kind])
+        with assumptions.watching():
+            yield
+    finally:
+        for module, kind in before:
+            change_class(module, kind)
+
+
+class _SilentBase:
+    """Keeps a user's ``__init_subclass__`` from hearing of the classes made here."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def _observed_class(
+    kind: type[nn.Module], tracer: _Tracer, assumptions: Assumptions
+) -> type[nn.Module]:
+    """Makes a subclass of ``kind`` that reports reads by watched code, and records calls."""
+
+    @no_type_check  # as in `_recorded`
+    def read(module: nn.Module, name: str) -> Any:
+        is_watched = sys._getframe(1).f_code in assumptions.watched
+        try:
+            value = kind.__getattribute__(module, name)
+        except AttributeError:
+            if is_watched:
+                assumptions.record_read(module, name, _registered(module, name))
+            raise
+        if is_watched:
+            assumptions.record_read(module, name, value)
+        return value
+
+    @no_type_check
+    def read_registered(module: nn.Module, name: str) -> Any:
+        return tracer.tensor(kind.__getattr__(module, name))
+
+    @no_type_check
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return tracer.call(module, args, kwargs)
+
+    body = {"__getattribute__": read, "__getattr__": read_registered, "__call__": call}
+    return type(kind)(kind.__name__, (_SilentBase, kind), body)
+
+
+def _registered(module: nn.Module, name: str) -> Any:
+    for kind in ("_parameters", "_buffers", "_modules"):
+        if name in module.__dict__[kind]:
+            return module.__dict__[kind][name]
+    return None

@@ -1,4 +1,4 @@
-"""What the statistics of a model do while it trains: records, a table and a plot."""
+"""Watching the statistics of a model while it trains: records, a table and a plot."""
 
 from batchnorm.tools.monitoring.watch import Watch, watch
 

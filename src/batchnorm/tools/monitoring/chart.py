@@ -1,4 +1,4 @@
-"""Records of running statistics as a figure of three panels, by step."""
+"""A figure of the records of running statistics: three panels, by step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from batchnorm.charts import drawing, scales
 from batchnorm.charts.drawing import STYLES, Style
 from batchnorm.charts.palette import LIGHT
+from batchnorm.tools.wording import counted, displayed
 
 PANELS = (
     ("mean_shift", "shift of the batch's mean, in standard deviations"),
@@ -31,17 +32,17 @@ Lines = dict[str, tuple[list[int], list[float]]]
 
 
 def chart(records: Sequence[Record]) -> Figure:
-    """Draw one line a layer; the layers that were worst at any step are named and coloured.
+    """Draws one line a layer; the layers that were worst at any step are named and colored.
 
     Args:
-        records: what `batchnorm.tools.monitoring` records: ``step``, ``layer``, ``mean_shift``,
+        records: Records of `batchnorm.watch`; it reads ``step``, ``layer``, ``mean_shift``,
             ``var_ratio_low``, ``var_ratio_high`` and ``dead``.
 
     Returns:
         A figure on light paper. A line ends where the value is not finite or not known.
 
     Raises:
-        ValueError: there are no records.
+        ValueError: There are no records.
     """
     if not records:
         raise ValueError("a chart needs at least one record, got none.")
@@ -71,7 +72,7 @@ def _lines(records: Sequence[Record], key: str) -> Lines:
 
 
 def _ratio(record: Record) -> float:
-    """The ratio of the channel that is furthest from one, as its decimal logarithm."""
+    """Decimal logarithm of the ratio of the channel that is furthest from one."""
     found = [scales.log10(_known(record[f"var_ratio_{end}"])) for end in ("low", "high")]
     return math.nan if any(map(math.isnan, found)) else max(found, key=abs)
 
@@ -81,7 +82,7 @@ def _known(value: float | None) -> float:
 
 
 def _worst(lines: Mapping[str, Lines]) -> list[str]:
-    """The layers in the order of how far their batches ever were from the running statistics."""
+    """Sorts layers by the largest distance of any batch from the running statistics."""
 
     def distance(layer: str) -> float:
         values = [abs(v) for key in ("mean_shift", "var_ratio") for v in lines[key][layer][1]]
@@ -130,11 +131,11 @@ def _scale(shift: Axes, ratio: Axes, dead: Axes) -> None:
 def _name_layers(
     figure: Figure, lines: Sequence[Line2D], layers: Sequence[str], others: int
 ) -> None:
-    """Two columns above the panels."""
-    names = [drawing.fit(layer or "(model)", 40) for layer in layers]
+    """Draws the legend, two columns above the panels."""
+    names = [drawing.fit(displayed(layer), 40) for layer in layers]
     handles = list(lines)
     if others > 0:
-        names.append(f"{others} other layer" + ("s" if others > 1 else ""))
+        names.append(counted(others, "other layer"))
         handles.append(Line2D([], [], color=_COLORS["--rule"], linewidth=0.9))
     figure.legend(
         handles,

@@ -12,22 +12,22 @@ from batchnorm.tools.monitoring.state import Numbers, State
 Record = dict[str, Any]
 
 NEAR_ZERO = 1e-4
-"""A weight this small lets nothing through."""
+"""A weight up to this leaves no signal in the output."""
 CONSTANT = 0.01
-"""A variance below this share of eps is a constant input: less than a tenth of it comes out."""
+"""A variance below this share of eps counts as constant: eps shrinks it to less than a tenth."""
 CLOSED = 3.0
-"""A ReLU lets nothing through if the bias is this many weights below zero: 0.1 % of a normal."""
+"""A bias this many weights below zero closes a ReLU: 0.1 % of a normal distribution is above."""
 
 
 @np.errstate(all="ignore")
 def record(step: int, name: str, before: State, now: State) -> Record:
-    """What happened in a layer since the last record; `watch` says what the numbers mean.
+    """Describes the changes in a layer since the last record; see `watch` for each number.
 
     Args:
         step: Number of the step.
-        name: The layer's.
-        before: At the last record.
-        now: After the step.
+        name: Name of the layer.
+        before: Its state at the last record.
+        now: Its state after the step.
     """
     batches = _batches(before, now)
     weight = _weight_of_batches(before, now, batches)
@@ -51,7 +51,7 @@ def record(step: int, name: str, before: State, now: State) -> Record:
 
 
 def severity(found: Record) -> tuple[bool, float, float]:
-    """How bad a record looks: not finite, then far from the running statistics, then dead."""
+    """Sorts records: the worst are not finite, then far from the running statistics, then dead."""
     factors = [found["var_ratio_low"], found["var_ratio_high"], found["var_drift"]]
     known = [factor for factor in factors if factor is not None]
     measures = [abs(math.log(factor)) if factor > 0 else math.inf for factor in known]
@@ -69,7 +69,7 @@ def _batches(before: State, now: State) -> int:
 
 
 def _weight_of_batches(before: State, now: State, batches: int) -> float:
-    """What the batches since weigh in the running statistics, together."""
+    """Combined weight, in the running statistics, of all batches since the last record."""
     if batches == 0 or "running_mean" not in before.numbers:
         return 0.0
     if now.momentum is None:
@@ -78,7 +78,7 @@ def _weight_of_batches(before: State, now: State, batches: int) -> float:
 
 
 def _batch(before: State, now: State, weight: float) -> tuple[Numbers | None, Numbers | None]:
-    """Mean and unbiased variance: seen, or what the running statistics must have been given."""
+    """Mean and unbiased variance of the batch, as a hook saw it or from the running statistics."""
     if "batch_mean" in now.numbers:
         return now.numbers["batch_mean"], now.numbers["batch_var"]
     if weight == 0:

@@ -12,22 +12,22 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments, unbiased_var
-from batchnorm.tools.patching import keeps_statistics
+from batchnorm.tools.patching import has_running_statistics
 
 Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class State:
-    """One layer; what it does not have is None.
+    """Numbers of one layer at one moment.
 
     Attributes:
         numbers: By name: ``running_mean``, ``running_var``, ``weight``, ``bias``; ``batch_mean``
-            and ``batch_var`` (unbiased) if the input was seen.
-        counter: ``num_batches_tracked``.
-        rounding: The relative step between neighbouring numbers of the buffers' dtype.
-        momentum: As the layer has it.
-        eps: As the layer has it.
+            and ``batch_var`` (unbiased) if a hook saw the input. What the layer lacks is absent.
+        counter: ``num_batches_tracked``; None if the layer has none.
+        rounding: Relative step between neighboring numbers of the buffers' dtype.
+        momentum: The layer's.
+        eps: The layer's.
     """
 
     numbers: Mapping[str, Numbers]
@@ -38,11 +38,11 @@ class State:
 
 
 def states(layers: Mapping[str, _BatchNorm], seen: Mapping[str, Moments]) -> dict[str, State]:
-    """The state of every layer, in one transfer a device and dtype, whatever the number of layers.
+    """Takes the states of all layers, in one transfer for each device and dtype.
 
     Args:
-        layers: Which layers.
-        seen: Moments of inputs that were listened to, by layer.
+        layers: The layers by name.
+        seen: Moments of the inputs that a hook saw, by layer.
     """
     tensors: dict[tuple[str, str], Tensor] = {}
     for name, layer in layers.items():
@@ -69,12 +69,12 @@ def states(layers: Mapping[str, _BatchNorm], seen: Mapping[str, Moments]) -> dic
     }
 
 
-def is_told_by_buffers(layer: _BatchNorm) -> bool:
-    """Whether the running statistics and the counter tell what the batches since were like."""
+def determines_batch(layer: _BatchNorm) -> bool:
+    """Tells if running statistics and counter determine the moments of the batches since."""
     return (
         layer.training
         and layer.track_running_stats
-        and keeps_statistics(layer)
+        and has_running_statistics(layer)
         and layer.num_batches_tracked is not None
         and (layer.momentum is None or layer.momentum > 0)
     )
@@ -97,7 +97,7 @@ def _rounding(layer: _BatchNorm) -> float:
 
 
 def _on_host(tensors: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Numbers]:
-    """The tensors of each device and dtype as one, so that few transfers are waited for."""
+    """Brings the tensors of each device and dtype to the host as one, to wait only once."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, str]]] = {}
     for key, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(key)

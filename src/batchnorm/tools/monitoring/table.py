@@ -6,25 +6,27 @@ import math
 from collections.abc import Sequence
 
 from batchnorm.tools.monitoring.record import Record, severity
+from batchnorm.tools.wording import counted, displayed, shortened
 
 _LAYER = 16
+"""Width of the names, which leaves 64 of 80 columns for numbers."""
 
 
 def table(records: Sequence[Record]) -> str:
-    """The latest record of each layer, the worst first."""
+    """Writes the latest record of each layer as a table, the worst first."""
     latest = {record["layer"]: record for record in records}
     if not latest:
         return "Nothing recorded yet."
     rows = sorted(latest.values(), key=severity, reverse=True)
     step = max(record["step"] for record in rows)
-    layers = f"{len(rows)} layer" if len(rows) == 1 else f"{len(rows)} layers"
+    title = f"Step {step}, {counted(len(rows), 'layer')}, worst first."
     head = _row("layer", "shift", "var ratio", "drift", "dead", "weight", "bias")
-    return "\n".join([f"Step {step}, {layers}, worst first.", head, *map(_line, rows)])
+    return "\n".join([title, head, *map(_line, rows)])
 
 
 def _line(record: Record) -> str:
     return _row(
-        _cut(record["layer"] or "(model)"),
+        shortened(displayed(record["layer"]), _LAYER),
         _number(record["mean_shift"]),
         _span(record["var_ratio_low"], record["var_ratio_high"]),
         _number(record["mean_drift"]),
@@ -40,17 +42,12 @@ def _row(layer: str, *cells: str) -> str:
     return (layer.ljust(_LAYER) + columns).rstrip()
 
 
-def _cut(name: str) -> str:
-    """The end of a long name, which tells it from its neighbours."""
-    return name if len(name) <= _LAYER else "…" + name[1 - _LAYER :]
-
-
 def _span(low: float | None, high: float | None) -> str:
     return "-" if low is None else f"{_number(low)}..{_number(high)}"
 
 
 def _number(value: float | None) -> str:
-    """At most six characters."""
+    """Writes a number in at most six characters."""
     if value is None:
         return "-"
     if not math.isfinite(value):

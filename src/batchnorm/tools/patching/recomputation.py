@@ -1,4 +1,8 @@
-"""Forwards that run again during a backward pass, and batch norm layers that then stay quiet."""
+"""Forwards that run again during a backward pass, and batch norm layers that must not count them.
+
+Activation checkpointing calls functions again: in the backward pass, or, rarely, when somebody
+looks at what an operator saved. Layers then work on copies of their statistics.
+"""
 
 from __future__ import annotations
 
@@ -13,90 +17,87 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from batchnorm.tools.patching.changes import is_changed, on_copies
+from batchnorm.tools.patching.attributes import is_temporary
+from batchnorm.tools.patching.buffers import work_on_copies
+from batchnorm.torch_internals import backward_pass_id, when_backward_pass_ends
 
 
 def is_recomputing() -> bool:
-    """Whether this thread is in a backward pass, so that a forward is one that runs again.
-
-    Source:
-        ``torch.utils.checkpoint`` and ``torch.utils.module_tracker`` ask the same.
-    """
-    return torch._C._current_graph_task_id() != -1
+    """Tells if this thread is in a backward pass, so that a forward is one that runs again."""
+    return backward_pass_id() != -1
 
 
-def runs_again(layer: _BatchNorm) -> bool:
-    """Whether a call of the layer now is one that has been before; not asked in compiled code."""
+def is_repeated(layer: _BatchNorm) -> bool:
+    """Tells if a call of the layer now repeats an earlier one; always False in compiled code."""
     if torch.compiler.is_compiling():
         return False
-    return is_recomputing() or is_changed(layer, "running_mean")
+    return is_recomputing() or is_temporary(layer, "running_mean")
 
 
 @contextmanager
-def quiet(function: Any) -> Iterator[None]:
-    """Whatever batch norm layers are called in this thread meanwhile update only copies.
+def updates_suppressed(function: Any) -> Iterator[None]:
+    """Lets all batch norm layers that this thread calls in the block update copies only.
 
-    Which layers a function calls is seen when it calls them, by a hook on all modules that looks
-    and does nothing to the modules of others. In a backward pass it goes on to the end of that
-    pass, because checkpoints inside of the function run again later than the function does.
+    A hook on all modules sees which layers are called. In a backward pass it stays until the pass
+    ends, because checkpoints inside ``function`` run again later than the function does.
 
     Args:
-        function: What will be called. Only of a module, or a method of one, more is used than that
-            it can be called: its layers are quiet although nobody calls the module itself.
+        function: The function that the block calls. Of a module, or of a method's module, the
+            layers are taken at once, although nobody calls the module itself.
     """
     owner = getattr(function, "__self__", function)
-    with ExitStack() as changes:
-        quieting = _quieting_of_this_pass() if is_recomputing() else _begun(changes)
+    with ExitStack() as stack:
+        hook = _hook_of_this_pass() if is_recomputing() else RecomputationHook(stack)
         if isinstance(owner, nn.Module):
-            quieting(owner)
+            hook(owner)
         yield
 
 
-class Quieting:
-    """A hook on all modules: it quiets the batch norm layers in each module called in this thread.
+class RecomputationHook:
+    """A hook on all modules: layers of the modules that this thread calls work on copies.
 
-    The layers of a whole module are taken at once, because a fused block does not call its layers.
+    It takes all layers in a module at once, because a fused block does not call its layers.
+
+    Args:
+        stack: Removes the hook and the copies when it is closed.
     """
 
-    def __init__(self, changes: ExitStack) -> None:
-        self._changes = changes
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
         self._thread = threading.get_ident()
         self._seen: set[nn.Module] = set()
+        stack.callback(register_module_forward_pre_hook(self).remove)
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        """Quiets what is in ``module`` and has not been met yet."""
+        """Gives copies to the layers in ``module`` that it has not met yet."""
         if threading.get_ident() != self._thread or module in self._seen:
             return
         new = [part for part in module.modules() if part not in self._seen]
         self._seen.update(new)
         layers = [part for part in new if isinstance(part, _BatchNorm)]
         if layers:
-            self._changes.enter_context(on_copies(layers))
+            self._stack.enter_context(work_on_copies(layers))
 
 
-_of_passes: dict[tuple[int, int], Quieting] = {}
+_hooks: dict[tuple[int, int], RecomputationHook] = {}
+"""The hooks of backward passes that are going on, by the pass and the thread."""
 
 
-def _begun(changes: ExitStack) -> Quieting:
-    quieting = Quieting(changes)
-    changes.callback(register_module_forward_pre_hook(quieting).remove)
-    return quieting
+def _hook_of_this_pass() -> RecomputationHook:
+    place = backward_pass_id(), threading.get_ident()
+    if place not in _hooks:
+        stack = ExitStack()
+        stack.callback(_hooks.pop, place)
+        _hooks[place] = RecomputationHook(stack)
 
+        def marker() -> None:
+            """Empty marker. The autograd engine drops it when the backward pass ends.
 
-def _quieting_of_this_pass() -> Quieting:
-    """One for a backward pass and thread; it ends with the pass, also with one that fails.
+            The engine calls it only after a pass that succeeds, and gives no other sign of the end
+            of one that fails. But it drops it in both cases, and the finalizer then restores the
+            layers.
+            """
 
-    Autograd calls what is queued only after a pass that succeeds, but always lets go of it.
-    """
-    place = torch._C._current_graph_task_id(), threading.get_ident()
-    if place not in _of_passes:
-        changes = ExitStack()
-        changes.callback(_of_passes.pop, place)
-        _of_passes[place] = _begun(changes)
-
-        def end() -> None:
-            """Nothing; that it is gone says that the pass is over."""
-
-        weakref.finalize(end, changes.close)
-        torch.autograd.Variable._execution_engine.queue_callback(end)
-    return _of_passes[place]
+        weakref.finalize(marker, stack.close)
+        when_backward_pass_ends(marker)
+    return _hooks[place]

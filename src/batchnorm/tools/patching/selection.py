@@ -9,20 +9,28 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-Choice = Iterable[str] | Callable[[str, _BatchNorm], bool] | None
+LayerSelection = Iterable[str] | Callable[[str, _BatchNorm], bool] | None
 """Names of layers, names of blocks that hold layers, or patterns (``layer4.*``); a function of a
 layer's name and the layer; or None for all."""
 
+FROZEN_MARK = "_batchnorm_frozen"
+"""Attribute that `batchnorm.freeze` sets on a layer."""
 _SHOWN = 5
+"""Names of layers in a message; more would bury what it says."""
 
 
-def batch_norms(model: nn.Module, layers: Choice = None, *, caller: str) -> dict[str, _BatchNorm]:
-    """The batch norm layers of a model by dotted name, torch's and ours, each object once.
+def batch_norms(
+    model: nn.Module, layers: LayerSelection = None, *, caller: str
+) -> dict[str, _BatchNorm]:
+    """Finds the batch norm layers of a model, torch's and ours, each object once.
 
     Args:
         model: Any module; it may be a batch norm layer itself, whose name is then ``""``.
-        layers: Which of them.
+        layers: The layers to select.
         caller: Name of the tool, for its messages.
+
+    Returns:
+        The layers by dotted name, in the order of the model.
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
@@ -31,27 +39,44 @@ def batch_norms(model: nn.Module, layers: Choice = None, *, caller: str) -> dict
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}.")
     found = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    chosen = _chosen(found, layers, caller)
-    for name, layer in chosen.items():
+    selected = _select(found, layers, caller)
+    for name, layer in selected.items():
         if any(is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())):
             raise ValueError(
                 f"{caller}: layer {name!r} ({type(layer).__name__}) is lazy and has no shape yet; "
                 "call the model once before."
             )
-    return chosen
+    return selected
 
 
-def keeps_statistics(layer: _BatchNorm) -> bool:
-    """Whether the layer has running statistics at all."""
+def has_running_statistics(layer: _BatchNorm) -> bool:
+    """Tells if the layer has running statistics at all."""
     return layer.running_mean is not None and layer.running_var is not None
 
 
-def is_held(layer: nn.Module) -> bool:
-    """Whether `freeze` holds the layer, so that no tool may move its statistics."""
-    return bool(vars(layer).get("_batchnorm_frozen", False))
+def is_frozen(model: nn.Module) -> bool:
+    """Tells if all batch norm layers of a model are frozen by `batchnorm.freeze`.
+
+    Args:
+        model: Any module, also a layer; False if it has no batch norm layer.
+
+    Example:
+        >>> import batchnorm
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> batchnorm.is_frozen(model)
+        False
+        >>> _ = batchnorm.freeze(model)
+        >>> batchnorm.is_frozen(model)
+        True
+    """
+    found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return bool(found) and all(vars(layer).get(FROZEN_MARK, False) for layer in found)
 
 
-def _chosen(found: dict[str, _BatchNorm], layers: Choice, caller: str) -> dict[str, _BatchNorm]:
+def _select(
+    found: dict[str, _BatchNorm], layers: LayerSelection, caller: str
+) -> dict[str, _BatchNorm]:
     if layers is None:
         return found
     if callable(layers):
@@ -61,15 +86,15 @@ def _chosen(found: dict[str, _BatchNorm], layers: Choice, caller: str) -> dict[s
             f"{caller}: layers must be several names, got the string {layers!r}; "
             f"write layers=[{layers!r}]."
         )
-    chosen: dict[str, _BatchNorm] = {}
+    selected: dict[str, _BatchNorm] = {}
     for pattern in layers:
         fitting = {name: layer for name, layer in found.items() if _fits(name, pattern)}
         if not fitting:
             raise ValueError(
                 f"{caller}: no batch norm layer fits {pattern!r}; the model has {_listed(found)}."
             )
-        chosen |= fitting
-    return {name: layer for name, layer in found.items() if name in chosen}
+        selected |= fitting
+    return {name: layer for name, layer in found.items() if name in selected}
 
 
 def _fits(name: str, pattern: str) -> bool:

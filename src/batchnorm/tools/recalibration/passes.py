@@ -2,138 +2,238 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from batchnorm.moments import unbiased_var
-from batchnorm.tools.recalibration.feeding import Feeder
-from batchnorm.tools.recalibration.intake import Collected, Intake, listening, merged
-from batchnorm.tools.recalibration.ranks import Fate
+from batchnorm.tools.recalibration.collector import (
+    Collected,
+    MomentCollector,
+    StopForward,
+    collecting,
+    merge_collected,
+)
+from batchnorm.tools.recalibration.distributed import AllRanks
+
+Forward = Callable[[nn.Module, Any], object]
+Progress = Callable[[int], object]
+Collectors = Mapping[str, MomentCollector]
+
+
+@dataclass(frozen=True)
+class PassSummary:
+    """Counts of one pass over the batches.
+
+    Attributes:
+        samples: Number of samples that passed.
+        batches: Number of batches that they came in.
+        stopped: What ended the pass early: ``"max_samples"``, ``"tolerance"``, or None.
+    """
+
+    samples: int = 0
+    batches: int = 0
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the layers are to have, in the order in which they run.
+    """New statistics of the layers, in the order in which they run.
 
     Attributes:
         collected: What came in, on all ranks together.
         new: Mean and unbiased variance, in the dtypes of the buffers, on the CPU.
-        samples: Of one pass, on all ranks together.
-        batches: As many batches.
-        own_batches: Those of this rank.
-        stopped: What ended the pass on this rank before the data did.
+        samples: Samples of one pass, on all ranks together.
+        batches: Batches of one pass, on all ranks together.
+        own: The first pass of this rank.
     """
 
     collected: Mapping[str, Collected] = field(default_factory=dict)
     new: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     samples: int = 0
     batches: int = 0
-    own_batches: int = 0
-    stopped: str | None = None
+    own: PassSummary = PassSummary()
+
+
+@dataclass
+class Feeder:
+    """Gives batches to a model, as often as it is asked to.
+
+    Attributes:
+        model: The model.
+        batches: Batches that ``forward`` takes.
+        forward: Gives a batch to the model.
+        max_samples: A pass ends with the batch that reaches this number.
+        progress: Called after each batch with the number of samples of all passes so far.
+        samples: That number.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    forward: Forward
+    max_samples: int | None
+    progress: Progress | None
+    samples: int = 0
+
+    def run(self, end_batch: Callable[[], bool], at_most: int | None = None) -> PassSummary:
+        """Makes one pass.
+
+        Args:
+            end_batch: Called after each batch; True ends the pass.
+            at_most: The largest number of batches; None takes all.
+        """
+        samples = batches = 0
+        for batch in islice(self.batches, at_most):
+            try:
+                with torch.no_grad():
+                    self.forward(self.model, batch)
+            except StopForward:
+                pass
+            count = count_samples(batch)
+            samples += count
+            batches += 1
+            is_precise = end_batch()
+            self.samples += count
+            if self.progress is not None:
+                self.progress(self.samples)
+            if is_precise:
+                return PassSummary(samples, batches, "tolerance")
+            if self.max_samples is not None and samples >= self.max_samples:
+                return PassSummary(samples, batches, "max_samples")
+        return PassSummary(samples, batches)
+
+
+def call(model: nn.Module, batch: Any) -> object:
+    """Calls ``model(x)``: of a tuple or list with its first element, of a dict with keywords.
+
+    Raises:
+        TypeError: The batch is something else.
+        ValueError: It is an empty tuple or list.
+    """
+    given = batch
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ValueError("recalibrate: a batch is an empty list; give inputs.")
+        given = batch[0]
+    if isinstance(given, Mapping):
+        return model(**given)
+    if isinstance(given, Tensor):
+        return model(given)
+    what = type(batch).__name__ + ("" if given is batch else f" of {type(given).__name__}")
+    raise TypeError(
+        "recalibrate: a batch must be a tensor, a dict of keyword arguments, or a tuple or list "
+        f"whose first element is one of these, got {what}; give forward=lambda model, batch: ..."
+    )
+
+
+def count_samples(batch: Any) -> int:
+    """Returns dimension 0 of the first tensor in the batch; one for a batch without tensors."""
+    tensor = _first_tensor(batch)
+    return 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
 
 
 def in_one_pass(
-    feeder: Feeder, intakes: Mapping[str, Intake], tolerance: float | None, fate: Fate
+    feeder: Feeder, collectors: Collectors, tolerance: float | None, ranks: AllRanks
 ) -> Outcome:
-    """All layers collect, each normalizing by the batch at hand.
+    """Lets all layers collect at once, each normalizing by the batch that it gets.
 
     Args:
         feeder: Gives the batches.
-        intakes: By name.
+        collectors: Collectors by name of the layer.
         tolerance: Relative standard error at which the pass may end; None goes on to the end.
-        fate: That of all ranks.
+        ranks: The ranks that merge what they collected.
 
     Raises:
         ValueError: There is no data, or it makes no statistics.
     """
 
     def end_batch() -> bool:
-        for intake in intakes.values():
-            intake.end_batch()
-        return tolerance is not None and _precise(intakes, tolerance)
+        for collector in collectors.values():
+            collector.end_batch()
+        return tolerance is not None and _are_precise(collectors, tolerance)
 
-    with listening(intakes.values()):
+    with collecting(collectors.values()):
         own = feeder.run(end_batch)
-    reached = [intake for intake in intakes.values() if intake.first_call >= 0]
-    reached.sort(key=lambda intake: intake.first_call)
-    results = fate.share((own, {intake.name: intake.collected() for intake in reached}))
-    samples = sum(passed.samples for passed, _ in results)
+    reached = sorted(_reached(collectors), key=lambda collector: collector.order)
+    results = ranks.share((own, {each.name: each.collected() for each in reached}))
+    samples = sum(one.samples for one, _ in results)
     if samples == 0:
         raise ValueError("recalibrate: batches gave no samples; the model is as it was.")
-    collected = merged(part for _, part in results)
-    return Outcome(
-        collected,
-        {name: _statistics(intakes[name], part) for name, part in collected.items()},
-        samples,
-        sum(passed.batches for passed, _ in results),
-        own.batches,
-        own.stopped,
-    )
+    collected = merge_collected(part for _, part in results)
+    new = {name: _statistics(collectors[name], part) for name, part in collected.items()}
+    return Outcome(collected, new, samples, sum(one.batches for one, _ in results), own)
 
 
-def in_turn(feeder: Feeder, intakes: Mapping[str, Intake], first: Outcome, fate: Fate) -> Outcome:
-    """One layer after the other collects, all normalizing as in evaluation.
+def layer_by_layer(
+    feeder: Feeder, collectors: Collectors, first: Outcome, ranks: AllRanks
+) -> Outcome:
+    """Lets one layer after the other collect, all normalizing as in evaluation.
 
     Args:
         feeder: Gives the batches, again for each layer.
-        intakes: By name.
-        first: What came out of `in_one_pass`: the order, the number of batches, and statistics for
-            layers that run before their turn.
-        fate: That of all ranks.
+        collectors: Collectors by name of the layer.
+        first: Result of `in_one_pass`: the order, the number of batches, and statistics for layers
+            that run before their turn.
+        ranks: The ranks that merge what they collected.
 
     Raises:
         ValueError: The batches are not as many as in the first pass, or make no statistics.
     """
     for name, (mean, var) in first.new.items():
-        intakes[name].normalizes_by_batch = False
-        intakes[name].normalize_by(mean, var)
+        collectors[name].normalizes_by_batch = False
+        collectors[name].normalize_by(mean, var)
     collected, new = {}, {}
     for name in first.new:
-        intake = intakes[name]
-        results = fate.share(_collect_one(feeder, intake, first))
-        parts = merged({name: part} for part in results)
+        collector = collectors[name]
+        results = ranks.share(_collect_one(feeder, collector, first.own.batches))
+        parts = merge_collected({name: part} for part in results)
         if name not in parts:
             raise ValueError(f"recalibrate: layer {name!r} was reached in the first pass only.")
         collected[name] = parts[name]
-        new[name] = _statistics(intake, parts[name])
-        intake.normalize_by(*new[name])
+        new[name] = _statistics(collector, parts[name])
+        collector.normalize_by(*new[name])
     return replace(first, collected=collected, new=new)
 
 
-def _collect_one(feeder: Feeder, intake: Intake, first: Outcome) -> Collected:
-    intake.enough = intake.calls_of_every_batch()
-    intake.clear()
+def _collect_one(feeder: Feeder, collector: MomentCollector, batches: int) -> Collected:
+    collector.calls_needed = collector.calls_in_every_batch()
+    collector.clear()
 
     def end_batch() -> bool:
-        intake.end_batch()
+        collector.end_batch()
         return False
 
-    with listening([intake]):
-        passed = feeder.run(end_batch, first.own_batches)
-    if passed.batches != first.own_batches:
+    with collecting([collector]):
+        summary = feeder.run(end_batch, batches)
+    if summary.batches != batches:
         raise ValueError(
-            f"recalibrate: batches gave {first.own_batches} batches in the first pass and "
-            f"{passed.batches} in another; with sequential=True they must stay as many."
+            f"recalibrate: batches gave {batches} batches in the first pass and "
+            f"{summary.batches} in another; with sequential=True they must stay as many."
         )
-    return intake.collected()
+    return collector.collected()
 
 
-def _precise(intakes: Mapping[str, Intake], tolerance: float) -> bool:
-    reached = [intake for intake in intakes.values() if intake.first_call >= 0]
-    errors = [intake.standard_error() for intake in reached]
+def _reached(collectors: Collectors) -> list[MomentCollector]:
+    return [collector for collector in collectors.values() if collector.order >= 0]
+
+
+def _are_precise(collectors: Collectors, tolerance: float) -> bool:
+    errors = [collector.standard_error() for collector in _reached(collectors)]
     return bool(errors) and all(error is not None and error < tolerance for error in errors)
 
 
-def _statistics(intake: Intake, collected: Collected) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, rounded once.
+def _statistics(collector: MomentCollector, collected: Collected) -> tuple[Tensor, Tensor]:
+    """Returns mean and unbiased variance, rounded once.
 
     Raises:
         ValueError: They are not finite.
     """
-    layer, moments = intake.layer, collected.moments
-    who = f"recalibrate: layer {intake.name!r} ({type(layer).__name__})"
+    layer, moments = collector.layer, collected.moments
+    who = f"recalibrate: layer {collector.name!r} ({type(layer).__name__})"
     if moments.count == 1:
         raise ValueError(
             f"{who} got one value a channel in all, and one value has no variance; give more data."
@@ -153,3 +253,13 @@ def _statistics(intake: Intake, collected: Collected) -> tuple[Tensor, Tensor]:
             "as it was. Keep its buffers in float32."
         )
     return mean, var
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return None
+    return next((tensor for tensor in map(_first_tensor, value) if tensor is not None), None)

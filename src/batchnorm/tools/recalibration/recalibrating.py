@@ -1,22 +1,40 @@
-"""`recalibrate`: what collects, what stands still meanwhile, and what is written at the end."""
+"""`recalibrate`: selects the layers, isolates the model, and writes the new statistics."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from batchnorm.tools.patching import Choice, Statistics, batch_norms, is_held, keeps_statistics
-from batchnorm.tools.recalibration.feeding import Feeder, Forward, Progress
-from batchnorm.tools.recalibration.intake import Intake
-from batchnorm.tools.recalibration.passes import Outcome, in_one_pass, in_turn
-from batchnorm.tools.recalibration.ranks import Fate, uninterrupted
+from batchnorm.tools.patching import (
+    Handle,
+    LayerSelection,
+    SavedBuffers,
+    batch_norms,
+    has_running_statistics,
+    is_frozen,
+    temporary_attributes,
+    without_buffer_broadcast,
+)
+from batchnorm.tools.recalibration.collector import MomentCollector
+from batchnorm.tools.recalibration.distributed import AllRanks, uninterrupted
+from batchnorm.tools.recalibration.passes import (
+    Feeder,
+    Forward,
+    Outcome,
+    Progress,
+    call,
+    in_one_pass,
+    layer_by_layer,
+)
 from batchnorm.tools.recalibration.result import LayerChange, Recalibration
-from batchnorm.tools.recalibration.standstill import standstill
 
 
 def recalibrate(
@@ -26,7 +44,7 @@ def recalibrate(
     forward: Forward | None = None,
     max_samples: int | None = None,
     tolerance: float | None = None,
-    layers: Choice = None,
+    layers: LayerSelection = None,
     sequential: bool = False,
     progress: Progress | None = None,
 ) -> Recalibration:
@@ -35,29 +53,29 @@ def recalibrate(
     The moments of all batches are merged exactly in float64: batches weigh as much as they have
     values, and the spread between batches counts. Means go to ``running_mean``, unbiased variances
     to ``running_var``, each rounded once; ``num_batches_tracked`` becomes the number of calls that
-    the layer saw, so that ``momentum=None`` goes on as an average over all of them. One forward
-    pass over the data without gradients, in which statistics are summed once and not twice.
+    the layer saw, so that ``momentum=None`` goes on as an average over all of them. It takes one
+    forward pass over the data without gradients.
 
-    What a layer gets depends on how the layers before it normalize:
+    The result depends on how the layers *before* a layer normalize:
 
-    - By default each normalizes by the moments of the batch at hand, as in training. Then nothing
+    - By default each normalizes by the moments of its current batch, as in training. Then nothing
       depends on the old statistics, and one pass serves all layers. The first layer gets exactly
-      the moments of the data; deeper ones get those of what training feeds them, with the noise
-      of batches of this size, so use batches as large as in training, or larger. Where a batch has
+      the moments of the data. Deeper ones get those of what training feeds them, with the noise of
+      batches of this size, so use batches as large as in training, or larger. Where a batch has
       one value a channel, which training refuses, the layer normalizes by all that it has
       collected so far, that value included.
     - With ``sequential=True`` the layers are taken one by one, in the order in which they run, and
       all before them already normalize by their new statistics, as in evaluation. The result is
-      that of the whole data at once, however it is split into batches: what evaluation feeds each
-      layer. It takes a further pass for each layer; a pass ends at its layer, unless that is called
-      a different number of times from batch to batch. A layer that runs again after others gets its
-      later inputs under the statistics of the first pass of those.
+      that of the whole data at once, however it is split into batches. It takes a further pass for
+      each layer. A pass ends at its layer, unless that is called a different number of times from
+      batch to batch. A layer that runs again after others gets its later inputs under the
+      statistics of the first pass of those.
 
-    Frozen layers (in evaluation mode inside a model in training mode, or held by ``freeze``) are
+    Frozen layers (in evaluation mode inside a model in training mode, or frozen by ``freeze``) are
     left alone. They, and layers that ``layers`` leaves out, normalize by their own statistics.
     Everything else keeps its mode: call ``model.eval()`` before, or dropout will be in the
     statistics. A model in evaluation mode has no frozen layers. A subclass must take its channels
-    in dimension 1, as torch's layers do. ``torch.compile`` is set aside meanwhile. A layer of
+    in dimension 1, as torch's layers do. Code that ``torch.compile`` made is not used. A layer of
     bfloat16 normalizes by moments rounded to bfloat16, as in evaluation.
 
     Where ``torch.distributed`` is initialized, all ranks call this, and get the moments of the data
@@ -65,11 +83,11 @@ def recalibrate(
     synchronized layers normalize by the batch of their rank. ``max_samples`` and ``tolerance`` are
     then for each rank. When one fails or is interrupted, all raise.
 
-    Calls from other threads than the one that calls this are not counted as data. They still get
-    in the meantime what the layers normalize by just then, so their results are worth nothing.
+    Not thread-safe for the model: calls of it from other threads are not counted as data, but their
+    results are meaningless, because the layers normalize by other statistics.
 
     Args:
-        model: Any module; not used by others meanwhile.
+        model: Any module.
         batches: Tensors; tuples or lists whose first element is the input; dicts of keyword
             arguments; or anything that ``forward`` takes. In random order, if not all are used.
         forward: ``forward(model, batch)``; None calls the model as said under ``batches``.
@@ -77,13 +95,13 @@ def recalibrate(
             first tensor of each batch.
         tolerance: Stop when the standard error of every channel's mean and variance, relative to
             the standard deviation and the variance, is below this, judged by the spread between
-            the batches (see `precision.Chunks`); after 8 batches at least.
-        layers: Which (see `patching.Choice`); None is all.
-        sequential: One layer after the other; ``batches`` is then gone through several times.
+            the batches (see `collector.ChunkedMoments`); after 8 batches at least.
+        layers: The layers (see `patching.LayerSelection`); None is all.
+        sequential: Takes one layer after the other, with a pass over ``batches`` for each.
         progress: Called after each batch with the number of samples so far, over all passes.
 
     Returns:
-        What changed.
+        What changed; ``print`` shows it as a table.
 
     Raises:
         TypeError: ``model`` or ``batches`` is of a wrong type, or a batch is.
@@ -92,34 +110,47 @@ def recalibrate(
         RuntimeError: Another rank failed. After this and every other exception, also of the loader
             and the model, and after an interruption, the model is what it was, bit for bit.
 
+    Example:
+        >>> import batchnorm
+        >>> x = torch.arange(12.0).reshape(6, 2)
+        >>> layer = nn.BatchNorm1d(2)
+        >>> result = batchnorm.recalibrate(layer, x.split(4))
+        >>> layer.running_mean
+        tensor([5., 6.])
+        >>> layer.running_var  # exactly x.var(0), though the batches have 4 and 2 samples
+        tensor([14., 14.])
+        >>> result.samples, result.batches
+        (6, 2)
+
     Source:
         Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3, precise BN; here with
         the exact variance of the population and not the average of the batches'.
     """
     started = time.perf_counter()
-    with Fate() as fate:
+    with AllRanks() as ranks:
         _check_numbers(max_samples, tolerance)
         _check_batches(batches, sequential=sequential)
-        intakes, left = _intakes(model, layers)
-        _check_alike(fate.share((tuple(intakes), sequential)))
-        feeder = Feeder(model, batches, forward, max_samples, progress)
+        collectors, left = _collectors(model, layers)
+        _check_alike(ranks.share((tuple(collectors), sequential)))
+        feeder = Feeder(model, batches, forward or call, max_samples, progress)
         outcome = Outcome()
-        if intakes:
-            with standstill(model, intakes):
-                outcome = in_one_pass(feeder, intakes, tolerance, fate)
+        if collectors:
+            with _isolated(model, collectors.values()):
+                outcome = in_one_pass(feeder, collectors, tolerance, ranks)
                 if sequential:
-                    outcome = in_turn(feeder, intakes, outcome, fate)
-        changes = tuple(_change(intakes[name], outcome) for name in intakes if name in outcome.new)
+                    outcome = layer_by_layer(feeder, collectors, outcome, ranks)
+        reached = [collector for name, collector in collectors.items() if name in outcome.new]
+        changes = tuple(_change(collector, outcome) for collector in reached)
         with uninterrupted():
-            _write({name: intakes[name].layer for name in outcome.new}, outcome, fate)
+            _write({collector.name: collector.layer for collector in reached}, outcome, ranks)
     return Recalibration(
         layers=changes,
         left=left,
-        unreached=tuple(name for name in intakes if name not in outcome.new),
+        unreached=tuple(name for name in collectors if name not in outcome.new),
         samples=outcome.samples,
         batches=outcome.batches,
         seconds=time.perf_counter() - started,
-        stopped=outcome.stopped,
+        stopped=outcome.own.stopped,
         sequential=sequential,
     )
 
@@ -158,57 +189,81 @@ def _described(names: tuple[str, ...], sequential: bool) -> str:
     return f"{len(names)} layers" + (", sequential" if sequential else "")
 
 
-def _intakes(model: nn.Module, layers: Choice) -> tuple[dict[str, Intake], dict[str, str]]:
-    """The layers that collect, and the others of those that were asked for, with the reason."""
-    intakes, left = {}, {}
+def _collectors(
+    model: nn.Module, layers: LayerSelection
+) -> tuple[dict[str, MomentCollector], dict[str, str]]:
+    """Returns a collector for each layer to recalibrate, and the reason for each other one."""
+    collectors, left = {}, {}
     for name, layer in batch_norms(model, layers, caller="recalibrate").items():
         reason = _obstacle(model, layer)
         if reason is None:
-            intakes[name] = Intake(name, layer)
+            collectors[name] = MomentCollector(name, layer)
         else:
             left[name] = reason
-    if intakes:
+    if collectors:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):
                 raise ValueError(
                     f"recalibrate: {name} is lazy and has no shape yet; call the model once before."
                 )
-    return intakes, left
+    return collectors, left
 
 
 def _obstacle(model: nn.Module, layer: _BatchNorm) -> str | None:
-    if not keeps_statistics(layer):
+    if not has_running_statistics(layer):
         return "it keeps no running statistics"
-    if is_held(layer):
+    if is_frozen(layer):
         return "it is frozen"
     if model.training and not layer.training:
         return "it is frozen: in evaluation mode inside a model in training mode"
     return None
 
 
-def _change(intake: Intake, outcome: Outcome) -> LayerChange:
-    layer, (mean, var) = intake.layer, outcome.new[intake.name]
+def _isolated(model: nn.Module, collectors: Iterable[MomentCollector]) -> Handle:
+    """Lets the collectors control their layers, and keeps all buffers of the model as they are.
+
+    The other batch norm layers that have running statistics normalize by them. Buffers of other
+    modules may change (spectral norms, queues) and are restored. ``DistributedDataParallel`` sends
+    no buffers around, for which every rank would have to run as many batches.
+    """
+    collectors = list(collectors)
+    collecting = {id(collector.layer) for collector in collectors}
+    others = [module for module in model.modules() if id(module) not in collecting]
+    frozen = [m for m in others if isinstance(m, _BatchNorm) and has_running_statistics(m)]
+    with ExitStack() as stack:
+        stack.callback(SavedBuffers(others).restore)
+        stack.enter_context(temporary_attributes(frozen, training=False))
+        stack.enter_context(without_buffer_broadcast(model))
+        for collector in collectors:
+            stack.enter_context(collector.using_own_buffers())
+        if "torch._dynamo" in sys.modules:  # Compiled code does not see hooks that came later.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        return Handle(stack.pop_all().close)
+
+
+def _change(collector: MomentCollector, outcome: Outcome) -> LayerChange:
+    layer, (mean, var) = collector.layer, outcome.new[collector.name]
     assert layer.running_mean is not None
     assert layer.running_var is not None
     old = layer.running_var.double().cpu() + layer.eps
     shift = (mean.double() - layer.running_mean.double().cpu()).abs() / old.sqrt()
     ratio = (var.double() + layer.eps) / old
-    collected = outcome.collected[intake.name]
+    collected = outcome.collected[collector.name]
     return LayerChange(
-        name=intake.name,
+        name=collector.name,
         mean_shift=float(shift.mean()),
         mean_shift_max=float(shift.max()),
         var_ratio_min=float(ratio.min()),
         var_ratio_max=float(ratio.max()),
         values=int(collected.moments.count),
         calls=collected.calls,
-        standard_error=intake.standard_error(),
+        standard_error=collector.standard_error(),
     )
 
 
-def _write(layers: Mapping[str, _BatchNorm], outcome: Outcome, fate: Fate) -> None:
-    """Writes all on all ranks, or nothing."""
-    before = Statistics(layers.values())
+def _write(layers: Mapping[str, _BatchNorm], outcome: Outcome, ranks: AllRanks) -> None:
+    """Writes all statistics on all ranks, or none."""
+    before = SavedBuffers(layers.values())
     try:
         for name, layer in layers.items():
             assert layer.running_mean is not None
@@ -218,7 +273,7 @@ def _write(layers: Mapping[str, _BatchNorm], outcome: Outcome, fate: Fate) -> No
             layer.running_var.copy_(var)
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(outcome.collected[name].calls)
-        fate.agree()
+        ranks.agree()
     except BaseException:
-        before.put_back()
+        before.restore()
         raise

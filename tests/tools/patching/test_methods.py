@@ -1,9 +1,10 @@
-"""Interceptors: they see every call, stack, and leave no trace in whatever order they go."""
+"""Replaced methods: they see every call, stack, and leave no trace in whatever order they go."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -12,20 +13,20 @@ from torch import nn
 import batchnorm
 import model_nets as nets
 from batchnorm.tools.acceleration import accelerate
-from batchnorm.tools.patching.interception import Handle, Interceptor
+from batchnorm.tools.patching.methods import ReplacedMethod, install
 from layer_kinds import KINDS, built, everything, layers_of
 from model_cases import assert_same_function, varied
 
 
-class Noting(Interceptor):
+class Noting(ReplacedMethod):
     def __init__(self, layer, notes, name):
         super().__init__(layer)
         self.notes, self.name = notes, name
 
-    def around(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         self.notes.append(f"{self.name} in")
         try:
-            return self.forward(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
             self.notes.append(f"{self.name} out")
 
@@ -35,7 +36,7 @@ def test_every_call_passes_and_nothing_is_left(kind):
     model, (batch, *_) = built(kind)
     expected = copy.deepcopy(model)(batch)
     before, notes = everything(model), []
-    with Handle(Noting(layer, notes, "a") for layer in layers_of(model)) as handle:
+    with install(Noting(layer, notes, "a") for layer in layers_of(model)) as handle:
         assert torch.equal(model(batch), expected)
     assert notes == ["a in", "a out"] * len(layers_of(model))
     assert everything(model)["modules"] == before["modules"]
@@ -47,7 +48,7 @@ def test_every_call_passes_and_nothing_is_left(kind):
 def test_they_go_in_any_order(order):
     layer, notes = nn.BatchNorm1d(2), []
     before = everything(layer)["modules"]
-    handles = {name: Handle([Noting(layer, notes, name)]) for name in "abc"}
+    handles = {name: install([Noting(layer, notes, name)]) for name in "abc"}
     layer(torch.randn(3, 2))
     assert notes == ["c in", "b in", "a in", "a out", "b out", "c out"]
     left = ["a", "b", "c"]
@@ -63,14 +64,14 @@ def test_they_go_in_any_order(order):
 def test_an_own_forward_stays_behind():
     layer, notes = nn.BatchNorm1d(2), []
     layer.forward = own = lambda x: x + 1
-    with Handle([Noting(layer, notes, "a")]):
+    with install([Noting(layer, notes, "a")]):
         assert torch.equal(layer(torch.zeros(1)), torch.ones(1))
     assert layer.forward is own
 
 
 def test_behind_a_stranger_it_does_nothing():
     layer, notes = nn.BatchNorm1d(2), []
-    handle = Handle([Noting(layer, notes, "a")])
+    handle = install([Noting(layer, notes, "a")])
     inner = layer.forward
     layer.forward = lambda x: inner(x)
     layer(torch.randn(3, 2))
@@ -86,7 +87,7 @@ def test_an_error_passes_through():
     layer, notes = nn.BatchNorm1d(2), []
     with (
         pytest.raises(ValueError, match="expected 2D or 3D input"),
-        Handle([Noting(layer, notes, "a")]),
+        install([Noting(layer, notes, "a")]),
     ):
         layer(torch.zeros(2))
     assert notes == ["a in", "a out"]
@@ -98,17 +99,56 @@ def test_fused_blocks_and_layers_go_past_the_fusion(network):
     model = varied(network())
     accelerate(model)
     original, notes = copy.deepcopy(model), []
-    with Handle(Noting(layer, notes, "a") for layer in layers_of(model)):
+    with install(Noting(layer, notes, "a") for layer in layers_of(model)):
         assert_same_function(model, original)
     assert len(notes) == 4 * len(layers_of(model))
 
 
 def test_a_copy_has_interceptors_of_its_own():
     layer, notes = batchnorm.BatchNorm1d(2), []
-    handle = Handle([Noting(layer, notes, "a")])
+    handle = install([Noting(layer, notes, "a")])
     twin = copy.deepcopy(layer)
-    assert twin.forward.layer is twin
+    assert twin.forward.module is twin
     handle.remove()
     twin(torch.randn(3, 2))
     assert len(twin.forward.notes) == 2
     assert notes == []
+
+
+def test_a_shallow_copy_shares_the_replacement_and_can_lose_it_alone():
+    layer, notes = nn.BatchNorm1d(2), []
+    install([Noting(layer, notes, "a")])
+    twin = copy.copy(layer)
+    twin(torch.randn(3, 2))
+    assert len(notes) == 2
+    Noting.find(twin).uninstall(twin)
+    twin(torch.randn(3, 2))
+    assert len(notes) == 2
+    assert Noting.find(twin) is None
+    layer(torch.randn(3, 2))
+    assert len(notes) == 4
+
+
+class Quiet(Noting):
+    pass
+
+
+def test_finding_one_in_a_chain_but_not_behind_foreign_code():
+    layer = nn.BatchNorm1d(2)
+    assert Noting.find(layer) is None
+    first, second = Quiet(layer, [], "a"), Noting(layer, [], "b")
+    install([first, second])
+    assert Quiet.find(layer) is first
+    assert Noting.find(layer) is second
+    layer.forward = lambda x: x
+    assert Quiet.find(layer) is None
+
+
+def test_a_pickle_carries_a_replacement_of_its_own():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    handle = install([Noting(model[0], [], "a")])
+    twin = pickle.loads(pickle.dumps(model))
+    handle.remove()
+    twin(torch.randn(3, 2))
+    assert twin[0].forward.module is twin[0]
+    assert len(twin[0].forward.notes) == 2

@@ -1,4 +1,4 @@
-"""Several processes that have one fate: what each computed reaches all, and so does a failure."""
+"""All ranks succeed together or fail together, and none waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 from torch import distributed
+
+from batchnorm.tools.patching import Handle
 
 Value = TypeVar("Value")
 
@@ -20,36 +21,23 @@ class _Failure:
     error: str
 
 
-class Fate:
-    """What all ranks go through together, each in a ``with`` block of its own.
+class AllRanks(Handle):
+    """Makes a ``with`` block all-or-nothing over ranks.
 
-    A rank that leaves its block by any exception before `agree` tells the others in place of what
-    they would get from it next, so that none waits for ever. Between two of these calls no rank
-    waits for another: they may have more or less to do, or nothing.
+    If one raises before `agree`, the others receive the error in place of its next value, so none
+    waits forever. Between two exchanges no rank waits for another: each may have more or less to
+    do, or nothing.
     """
 
     def __init__(self) -> None:
-        self._open = True
-
-    def __enter__(self) -> Fate:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is not None and self._open:
-            message = str(error)
-            with uninterrupted():
-                _exchange(_Failure(type(error).__name__ + (f": {message}" if message else "")))
+        super().__init__()
+        self._is_open = True
 
     def share(self, own: Value) -> list[Value]:
-        """Hands ``own`` to all ranks.
+        """Sends ``own`` to all ranks.
 
         Returns:
-            Those of all ranks in their order; without processes just the own one.
+            The values of all ranks in their order; without processes just the own one.
 
         Raises:
             RuntimeError: Another rank failed instead.
@@ -58,7 +46,7 @@ class Fate:
             results = _exchange(own)
             for rank, result in enumerate(results):
                 if isinstance(result, _Failure):
-                    self._open = False
+                    self._is_open = False
                     raise RuntimeError(
                         f"recalibrate: rank {rank} failed, so nothing is changed on any: "
                         f"{result.error}"
@@ -66,18 +54,24 @@ class Fate:
         return results
 
     def agree(self) -> None:
-        """Waits until all ranks have come here; afterwards each goes its own way.
+        """Waits until all ranks have come here; a failure after this is one of a single rank.
 
         Raises:
             RuntimeError: Another rank failed instead.
         """
         self.share(None)
-        self._open = False
+        self._is_open = False
+
+    def _fail(self, error: BaseException) -> None:
+        if self._is_open:
+            message = str(error)
+            with uninterrupted():
+                _exchange(_Failure(type(error).__name__ + (f": {message}" if message else "")))
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A Ctrl-C meanwhile is answered when the block has ended; a second one is answered at once."""
+    """Delays a Ctrl-C until the block has ended; a second one is answered at once."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield

@@ -1,0 +1,98 @@
+"""Methods that are replaced on one object, and can be given back in any order.
+
+A replacement is an attribute of the module, so class, hooks and ``state_dict`` stay as they are,
+and a deep copy or a pickle of the module carries a replacement of its own. A shallow copy
+(``copy.copy``) shares it, so calls go to the original module. Unlike a hook, a replaced ``forward``
+sees how every call ends, also with an error.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from batchnorm.tools.patching.handle import Handle
+
+_Method = TypeVar("_Method", bound="ReplacedMethod")
+
+
+class ReplacedMethod(ABC):
+    """Replaces one method of a module, in front of an earlier replacement if there is one.
+
+    Args:
+        module: Its owner; it is not changed before `install`.
+
+    Attributes:
+        method: Name of the method.
+    """
+
+    method: ClassVar[str] = "forward"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._previous: Any = None
+        self._is_active = False
+
+    @abstractmethod
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs in place of the method, which it reaches by `original`."""
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The earlier replacement, or the method of the class."""
+        if self._previous is None:
+            return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+        return self._previous(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Is what callers of the method call."""
+        if self._is_active:
+            return self.call(*args, **kwargs)
+        return self.original(*args, **kwargs)
+
+    @classmethod
+    def find(cls: type[_Method], module: nn.Module) -> _Method | None:
+        """The replacement of this class on ``module``; None also if foreign code covers it."""
+        found = vars(module).get(cls.method)
+        while isinstance(found, ReplacedMethod) and not isinstance(found, cls):
+            found = found._previous
+        return found if isinstance(found, cls) else None
+
+    def install(self) -> None:
+        """Replaces the method from now on."""
+        attributes = vars(self.module)
+        self._previous, self._is_active = attributes.get(self.method), True
+        attributes[self.method] = self
+
+    def uninstall(self, module: nn.Module | None = None) -> None:
+        """Uninstalls this replacement wherever it stands in the chain.
+
+        If foreign code has wrapped it, it stays but only forwards calls.
+
+        Args:
+            module: A shallow copy of the module, to uninstall it there only; None for the module.
+        """
+        if module is None or module is self.module:
+            module, self._is_active = self.module, False
+        attributes = vars(module)
+        found = attributes.get(self.method)
+        if found is self:
+            if self._previous is None:
+                del attributes[self.method]
+            else:
+                attributes[self.method] = self._previous
+            return
+        while isinstance(found, ReplacedMethod) and found._previous is not self:
+            found = found._previous
+        if isinstance(found, ReplacedMethod):
+            found._previous = self._previous
+
+
+def install(methods: Iterable[ReplacedMethod]) -> Handle:
+    """Installs replacements; the handle uninstalls them."""
+    methods = list(methods)
+    for method in methods:
+        method.install()
+    return Handle(*(method.uninstall for method in methods))
