@@ -204,7 +204,7 @@ def test_population_statistics_normalize_in_evaluation(norm):
 def test_view_names_the_vectors_of_every_layer():
     for module in norm_layers.modules(lenet("scratch")).values():
         layer = norm_layers.view(module)
-        assert layer.running_var.shape == layer.weight.shape
+        assert layer.running_var.shape == layer.gamma.shape
     assert list(norm_layers.modules(nn.Sequential(nn.BatchNorm1d(3)))) == ["0"]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from batchnorm.experiment import observation, population
 from batchnorm.experiment.images import Images
-from batchnorm.experiment.norm_layers import preserved_buffers
 from batchnorm.experiment.results import NormLayer, Point, Settings
+from batchnorm.tools.patching import Handle, SavedBuffers
 
 EVALUATION_BATCH = 1000
 OBSERVED_IMAGES = 256
@@ -42,7 +42,7 @@ class Evaluation:
         """
         running = self._accuracy(model)
         before = observation.norm_state(model)
-        with preserved_buffers(model):
+        with Handle(SavedBuffers(model.modules()).restore):
             population.use_population(model, self._population_batches())
             after = observation.norm_state(model)
             accuracy = self._accuracy(model)
