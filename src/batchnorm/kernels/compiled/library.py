@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import struct
 import threading
@@ -265,6 +266,7 @@ def compiled(name: str, function: Any, signature: Any) -> int:
 
 
 def _compiled_now(name: str, function: Any, signature: Any) -> storage.MachineCode:
+    logging.getLogger("batchnorm.kernels").info("compiling %s", name)
     code = cfunc(signature, error_model="numpy", _nrt=False)(function)
     kept = storage.MachineCode(code._wrapper_name, code._library._get_compiled_object())
     storage.keep(name, kept)
