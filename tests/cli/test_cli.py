@@ -1,6 +1,7 @@
 """The command line as a user meets it, in a process of its own where that is quick."""
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ import pytest
 from rich.cells import cell_len
 
 from batchnorm import __version__, cli
+from batchnorm.cli.options import announce_compilation
 from batchnorm.cli.progress import Bar
 from batchnorm.experiment.data import DIGITS, Dataset
 from batchnorm.experiment.defaults import FOR_DIGITS
@@ -152,6 +154,18 @@ def test_explain_as_json(capsys):
     (example,) = json.loads(out)["examples"]
     assert example["name"] == "convolution"
     assert len(example["steps"]) > 10
+
+
+def test_compilation_of_kernels_is_announced_once(capsys):
+    logger = logging.getLogger("batchnorm.kernels")
+    announce_compilation()
+    assert capsys.readouterr().err == ""
+    logger.info("compiling %s", "forward")
+    logger.info("compiling %s", "backward")
+    assert capsys.readouterr().err == (
+        "Compiling the CPU kernels for this machine (once; about half a minute).\n"
+    )
+    assert logger.handlers == []
 
 
 def test_train_writes_everything(capsys, tmp_path, small_images):

@@ -15,6 +15,7 @@ from batchnorm.cli.options import (
     Json,
     Lang,
     Threads,
+    announce_compilation,
     one_sentence,
     print_json,
     say,
@@ -186,6 +187,7 @@ def _train(comparison: Comparison) -> bool:
     from batchnorm.cli.progress import Bar
 
     keep_freed_memory()
+    announce_compilation()
     data, epochs = comparison.results.data, comparison.results.settings.epochs
     say(
         f"{data.name} ({data.source}): {data.train_examples:,} images to train, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,22 @@ def print_json(value: Any) -> None:
     from batchnorm.files import as_json
 
     print(as_json(value))
+
+
+class _CompilationNotice(logging.Handler):
+    """Says once that kernels are compiled; the kernels log each of them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Says it, and is done."""
+        logging.getLogger("batchnorm.kernels").removeHandler(self)
+        say("Compiling the CPU kernels for this machine (once; about half a minute).")
+
+
+def announce_compilation() -> None:
+    """From now on, the first compilation of a CPU kernel is announced on standard error."""
+    logger = logging.getLogger("batchnorm.kernels")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_CompilationNotice()]
 
 
 def say(line: str) -> None:
