@@ -1,5 +1,6 @@
 from .allocation import keep_freed_memory as keep_freed_memory
 from .kernels.dispatch import which_backend as which_backend
+from .learn.walkthrough import walkthrough as walkthrough
 from .moments import Moments as Moments
 from .moments import merge_moments as merge_moments
 from .nn.functional import batch_norm as batch_norm

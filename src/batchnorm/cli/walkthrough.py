@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from batchnorm.cli.options import Json, Lang, print_json
 
-
-class Example(StrEnum):
-    """What there is to explain."""
-
-    all = "all"
-    fully_connected = "fully-connected"
-    convolution = "convolution"
+Example = Literal["all", "fully-connected", "convolution"]
 
 
 def explain(
-    example: Annotated[Example, typer.Argument(help="Which example of the notes.")] = Example.all,
+    example: Annotated[Example, typer.Argument(help="Which example of the notes.")] = "all",
     lang: Lang = "en",
     as_json: Json = False,
 ) -> None:
     """Walk through batch normalization step by step, with real numbers."""
     from batchnorm.learn import document, examples
 
-    names = examples.NAMES if example is Example.all else (example.value,)
+    names = examples.NAMES if example == "all" else (example,)
     if as_json:
         walked = [
             {"name": name, "steps": document.steps_as_json(examples.walk(name), lang)}

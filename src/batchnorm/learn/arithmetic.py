@@ -1,80 +1,115 @@
-"""The first number of a step worked by hand: the arithmetic written out with the real numbers.
+"""The first number of a step worked by hand: its formula with numbers in place of the symbols."""
 
-Each function takes the tensors of a step and looks at the first number of each.
-"""
+from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import re
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-LONGEST_SUM = 4
+from batchnorm.learn import notation
+
+LONGEST_SUM = 48
+"""Characters that the terms of a sum may take, so that its line fits 80 columns."""
+
+DECIMALS = range(4, 11)
+"""Decimals to try: float32 has no more than 10 in numbers of the size of 0.01."""
+
+HALF_A_DIGIT = 0.49999e-4
+"""Distance within which a number is rounded to the four decimals of a result, in any convention."""
+
+_AVERAGE = re.compile(r"1/\S+ · Σ_(\S+) (.*)")
+_INDEXED = re.compile(r"(?<!\w)([A-Za-z]\w*)\[[a-z,]+\]")
+_SYMBOL = re.compile(
+    "|".join(map(re.escape, sorted([*notation.SYMBOLS, "x"], key=len, reverse=True)))
+)
+_NEGATIVE = re.compile(r"(?<=[-+×/] )-[\d.]+")
 
 
-def average(data: Tensor, axes: Collection[int]) -> str:
-    """`(a + b + ... + z) / n`; a long sum shows its first two terms and its last."""
-    first, *others = _group(data, axes)
-    terms = [_plain(first), *map(_in_brackets, others)]
-    count = len(terms)
-    if count > LONGEST_SUM:
-        terms = [*terms[:2], "...", terms[-1]]
-    return f"({' + '.join(terms)}) / {count}"
+def work_out(formula: str, values: Mapping[str, Tensor | float], result: Tensor) -> str:
+    """Works the first number of a step by hand.
+
+    Args:
+        formula: The formula of the step, in the notation of `batchnorm.learn.recipes`.
+        values: The variables of the code by name, and the data as ``x``.
+        result: The result of the step.
+
+    Returns:
+        ``expression ≈ result``, the result to four decimals. The expression has as few decimals,
+        four or more, as it takes to find that result with a calculator. It has four where no
+        number of decimals would do, because the result itself is rounded further than that, and
+        in a sum too long to be printed, whose terms stand in the tables with four.
+    """
+    _, right = re.split(" = | ← ", formula, maxsplit=1)
+    found = f"{result.flatten()[0].item():.4f}"
+    for decimals in DECIMALS:
+        text = _write(right, values, result.dim(), decimals)
+        if "..." in text or abs(_calculate(text) - float(found)) < HALF_A_DIGIT:
+            break
+    else:
+        text = _write(right, values, result.dim(), DECIMALS[0])
+    return f"{text} ≈ {'0.0000' if float(found) == 0 else found}"
 
 
-def spread(data: Tensor, mean: Tensor, axes: Collection[int]) -> str:
-    """`((a - μ)² + ... + (z - μ)²) / n`: the biased variance."""
-    terms = [f"({_plain(value)} - {number(mean)})²" for value in _group(data, axes)]
-    count = len(terms)
-    if count > 2:
-        terms = [terms[0], "...", terms[-1]]
-    return f"({' + '.join(terms)}) / {count}"
+def _write(right: str, values: Mapping[str, Tensor | float], rank: int, decimals: int) -> str:
+    """Writes the right side of a formula with numbers; an average becomes ``(a + b) / 2``."""
+    average = _AVERAGE.fullmatch(right)
+    if average is None:
+        text = _substitute(right, values, decimals)
+    else:
+        axes = [notation.LETTERS[rank].index(letter) for letter in average[1].split(",")]
+        text = _write_average(average[2], values, axes, decimals)
+    return _NEGATIVE.sub(lambda number: f"({number[0]})", text)
 
 
-def standardize(data: Tensor, mean: Tensor, var: Tensor, eps: float) -> str:
-    """`(x - μ) / √(σ² + ε)`."""
-    return f"({_plain(_first(data))} - {number(mean)}) / √({number(var)} + {eps:g})"
+def _write_average(
+    term: str, values: Mapping[str, Tensor | float], axes: Collection[int], decimals: int
+) -> str:
+    """Writes the average of a term over some axes of the tensor that it indexes."""
+    name = _INDEXED.findall(term)[0]
+    source = values[name]
+    assert isinstance(source, Tensor), name
+    group = _group(source, axes)
+    few = group[: LONGEST_SUM // 4]
+    terms = [_substitute(term, {**values, name: value}, decimals) for value in few]
+    last = _substitute(term, {**values, name: group[-1]}, decimals)
+    text = " + ".join(terms)
+    if len(group) > len(few) or (len(group) > 2 and len(text) > LONGEST_SUM):
+        text = " + ".join([*terms[:2], "...", last])
+        if len(text) > LONGEST_SUM:
+            text = " + ".join([terms[0], "...", last])
+    return f"({text}) / {len(group)}"
 
 
-def stretch(gamma: Tensor, x_hat: str, beta: Tensor) -> str:
-    """`γ × x̂ + β`, where x̂ is a number or what it is worked out from."""
-    return f"{_plain(_first(gamma))} × {x_hat} + {number(beta)}"
+def _substitute(text: str, values: Mapping[str, Tensor | float], decimals: int) -> str:
+    """Puts the first number of each variable in place of its symbol."""
+
+    def number(name: str) -> str:
+        value = values[name]
+        if not isinstance(value, Tensor):
+            return str(value)
+        text = f"{value.flatten()[0].item():.{decimals}f}".rstrip("0").rstrip(".")
+        return "0" if text == "-0" else text
+
+    text = _INDEXED.sub(lambda match: number(match[1]), text).replace("[c]", "")
+    text = _SYMBOL.sub(lambda match: number(notation.SYMBOLS.get(match[0], match[0])), text)
+    return text.replace("·", "×")
 
 
-def blend(momentum: float, old: Tensor, new: Tensor) -> str:
-    """`momentum × old + (1 - momentum) × new`."""
-    return f"{momentum:g} × {number(old)} + {1.0 - momentum:g} × {number(new)}"
-
-
-def conclude(expression: str, result: Tensor) -> str:
-    """`expression ≈ result`, the result to four decimals."""
-    return f"{expression} ≈ {_four_decimals(_first(result))}"
-
-
-def number(tensor: Tensor) -> str:
-    """The first number of a tensor to at most four decimals, in brackets if it is negative."""
-    return _in_brackets(_first(tensor))
-
-
-def _first(tensor: Tensor) -> float:
-    return tensor.flatten()[0].item()
-
-
-def _group(data: Tensor, axes: Collection[int]) -> list[float]:
-    """The numbers that belong to the first result of a reduction over `axes`."""
+def _group(data: Tensor, axes: Collection[int]) -> Tensor:
+    """Returns the numbers that belong to the first result of an average over ``axes``."""
     for axis in reversed(range(data.dim())):
         if axis not in axes:
             data = data.select(axis, 0)
-    return data.flatten().tolist()
+    return data.flatten()
 
 
-def _in_brackets(value: float) -> str:
-    text = _plain(value)
-    return f"({text})" if text.startswith("-") else text
-
-
-def _plain(value: float) -> str:
-    return _four_decimals(value).rstrip("0").rstrip(".")
-
-
-def _four_decimals(value: float) -> str:
-    text = f"{value:.4f}"
-    return text.removeprefix("-") if float(text) == 0 else text
+def _calculate(expression: str) -> float:
+    """Returns what a calculator finds for an expression of ours."""
+    for sign, python in {"×": "*", "²": "**2", "√": "sqrt"}.items():
+        expression = expression.replace(sign, python)
+    try:
+        return float(eval(expression, {"sqrt": math.sqrt, "inf": math.inf, "nan": math.nan}))
+    except ArithmeticError:
+        return math.nan

@@ -4,6 +4,8 @@ The inputs are the notes' random numbers as they were printed, to four decimals.
 result differs in its last digit: the first feature's variance is 0.0225 here, 0.0224 in the notes.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ NAMES = ("fully-connected", "convolution")
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What a walkthrough starts from.
+    """The arguments of a walkthrough.
 
     Attributes:
         X: The mini-batch.
@@ -33,14 +35,14 @@ class Example:
 
 
 def load(name: str) -> Example:
-    """An example by its name.
+    """Returns an example by its name.
 
     Args:
-        name: `fully-connected`, ten examples with two features, or `convolution`, two images with
-            three channels of 2 x 3 pixels.
+        name: ``fully-connected``, ten examples with two features, or ``convolution``, two images
+            with three channels of 2 x 3 pixels.
 
     Raises:
-        ValueError: If there is no example of that name.
+        ValueError: There is no example of that name.
     """
     match name:
         case "fully-connected":
@@ -51,10 +53,10 @@ def load(name: str) -> Example:
 
 
 def walk(name: str) -> list[Step]:
-    """The walkthrough of an example, from moving statistics that start at 0 and 1.
+    """Returns the walkthrough of an example, from moving statistics of 0 and 1.
 
     Raises:
-        ValueError: If there is no example of that name.
+        ValueError: There is no example of that name.
     """
     example = load(name)
     return walkthrough(

@@ -1,5 +1,7 @@
 """Tensors as tables with four decimals, cut down to what fits into a terminal."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,15 +21,14 @@ OMITTED = "..."
 def tabulate_rows(
     given: Sequence[tuple[str, Tensor]], result: Sequence[tuple[str, Tensor]], unit: str, width: int
 ) -> Table:
-    """One column per channel, one row per tensor: what is given above, the result below.
+    """Lays out one column per channel and one row per tensor: inputs above, the result below.
 
     Args:
         given: Labels and tensors of one number per channel; the labels are printed dim.
         result: The same, not dim; of more than a dozen, only the first are shown. One of the two
             may be empty.
-        unit: What a channel is called.
-        width: Cells there are for the table; only the first channels are shown where more do not
-            fit.
+        unit: Name of a channel.
+        width: Width of the table in cells; it shows as many channels as fit.
     """
     shown = result[:MOST_ROWS]
     labels = [Text(label, style="dim") for label, _ in given] + [Text(label) for label, _ in shown]
@@ -44,14 +45,13 @@ def tabulate_rows(
 
 
 def tabulate_maps(name: str, tensor: Tensor, unit: str, width: int) -> Table:
-    """One row per channel, one column per example, in each cell the map of that channel.
+    """Lays out one row per channel and one column per example; a cell is the map of a channel.
 
     Args:
-        name: What the tensor is called.
+        name: Name of the tensor.
         tensor: Three axes or more, (N, C, ...).
-        unit: What a channel is called; of more than six, only the first are shown.
-        width: Cells there are for the table; only the first examples are shown where more do not
-            fit.
+        unit: Name of a channel; of more than six, only the first are shown.
+        width: Width of the table in cells; it shows as many examples as fit.
     """
     examples, channels = tensor.shape[:2]
     shown = range(min(channels, MOST_MAPS))
@@ -72,7 +72,7 @@ def tabulate_maps(name: str, tensor: Tensor, unit: str, width: int) -> Table:
 
 
 def _lay_out(labels: list[Text], columns: dict[str, list[str]], total: int, width: int) -> Table:
-    """Put as many columns beside the labels as fit; `total` is how many there ought to be."""
+    """Lays out the labels and as many of the ``total`` columns as fit."""
     room = width - max(label.cell_len for label in labels)
     widths = [GAP + _widest(header, *cells) for header, cells in columns.items()]
     fitting = len(columns)
@@ -95,7 +95,7 @@ def _widest(*texts: str) -> int:
 
 
 def _write(tensor: Tensor, length: int = 0, most: int = 0) -> str:
-    """One number, or a map in lines of padded numbers; only its edges if there are over `most`."""
+    """Writes one number, or a map in lines of padded numbers; only its edges above ``most``."""
     written = np.array2string(
         np.round(tensor.double().cpu().numpy(), 4) + 0.0,  # + 0.0 turns -0.0 into 0.0
         formatter={"float_kind": lambda number: f"{number:{length}.4f}"},

@@ -1,5 +1,7 @@
 """The walkthrough for the terminal: each step with its formula, its code and its numbers."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 
@@ -18,6 +20,8 @@ from batchnorm.learn.tables import tabulate_maps, tabulate_rows
 
 WIDTH = 80
 INDENT = 4
+GAP = 2
+NO_BREAK = "\u00a0"
 
 STYLES = {
     "headline": "bold",
@@ -28,23 +32,22 @@ STYLES = {
     "formula": "green",
 }
 
-# What may not be parted: spaces, or a Latin word or one Chinese character with its punctuation.
+# Pieces of a line: white space, or a Latin word or one Chinese character with its punctuation.
 PIECE = re.compile(r"\s+|（?(?:[!-\u2fff]+|\S)[，。；：、）？！]*")
 
 
 def render(steps: Sequence[Step], lang: str = "en") -> RenderableType:
-    """Lay a walkthrough out for a terminal of 80 columns or more.
+    """Lays a walkthrough out for a terminal of 80 columns or more.
 
     Args:
-        steps: What `walkthrough` returns.
-        lang: `en` or `zh`.
+        steps: The result of `walkthrough`.
+        lang: ``en`` or ``zh``.
 
     Returns:
-        A rich renderable. It is never wider than 80 columns; whether it is coloured is up to the
-        console that prints it.
+        A rich renderable of at most 80 columns. The console that prints it decides about color.
 
     Raises:
-        ValueError: If the language is not known.
+        ValueError: There are no words in that language.
     """
     told: list[RenderableType] = [
         Text(),
@@ -62,7 +65,7 @@ def render(steps: Sequence[Step], lang: str = "en") -> RenderableType:
 
 
 def wrap(text: str, width: int) -> str:
-    """Break text into lines of at most `width` cells, between Chinese characters too.
+    """Breaks text into lines of at most `width` cells, between Chinese characters too.
 
     A line never begins with a comma or another closing mark.
     """
@@ -90,39 +93,45 @@ def _tell(step: Step, number: int, lang: str) -> RenderableType:
 
 
 def _notes(step: Step, lang: str) -> Table:
-    """Formula, code, shapes and the first number, each behind its label."""
-    notes = Table.grid(padding=(0, 2, 0, 0))
+    """Lays out formula, code, shapes and the first number, each after its label."""
+    notes = Table.grid(padding=(0, GAP, 0, 0))
     notes.add_column(style=STYLES["label"], no_wrap=True)
     notes.add_column()
+    labels = {key: words.label(key, lang) for key in ("formula", "code", "shapes", "worked")}
+    room = WIDTH - INDENT - max(map(cell_len, labels.values())) - GAP
     entries = {
         "formula": Text(step.formula, style=STYLES["formula"]),
         "code": Text(step.code),
-        "shapes": Text(_shapes(step)),
+        "shapes": Text(wrap(_shapes(step), room).replace(NO_BREAK, " ")),
         "worked": Text(step.worked),
     }
     for key, entry in entries.items():
         if entry.plain:
-            notes.add_row(words.label(key, lang), entry)
+            notes.add_row(labels[key], entry)
     return notes
 
 
 def _shapes(step: Step) -> str:
-    """`X (10, 2); mean, var (1, 2) → X_hat (10, 2)`; empty where the formula says the shape."""
+    """Returns ``X (10, 2); mean, var (1, 2) → X_hat (10, 2)``, or nothing for data."""
     if not step.inputs:
         return ""
     names: dict[tuple[int, ...], list[str]] = {}
     for name, shape in step.input_shapes.items():
         names.setdefault(shape, []).append(name)
-    read = "; ".join(f"{', '.join(group)} {shape}" for shape, group in names.items())
-    return f"{read} → {step.name} {step.shape}"
+    read = "; ".join(f"{', '.join(group)} {_shape(shape)}" for shape, group in names.items())
+    return f"{read} → {step.name}{NO_BREAK}{_shape(step.shape)}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return str(shape).replace(" ", NO_BREAK)
 
 
 def _numbers(step: Step, lang: str) -> list[RenderableType]:
-    """The result, and above it what the step reads per channel."""
+    """Lays out the result, and above it the tensors of one number per channel."""
     unit, room = words.unit(step, lang), WIDTH - INDENT
     given = [
         (f"{words.label('old', lang)} {name}" if name == step.name else name, tensor)
-        for name, tensor in step.inputs.items()
+        for name, tensor in {**step.intermediates, **step.inputs}.items()
         if _is_per_channel(tensor)
     ]
     if len(step.shape) == 2 or _is_per_channel(step.value):

@@ -1,19 +1,17 @@
-"""Batch norm one step at a time: every intermediate result of d2l's `batch_norm`, as plain data.
+"""Batch norm one step at a time: every intermediate result of d2l's ``batch_norm``, as plain data.
 
-The names and conventions are d2l's: `momentum` is the weight of the *old* moving value, and
-`moving_var` averages the biased variance.
+The names and conventions are d2l's: ``momentum`` is the weight of the *old* moving value, and
+``moving_var`` averages the biased variance.
 """
 
-from dataclasses import replace
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from batchnorm.learn.inference import infer
-from batchnorm.learn.step import Layer, Step
-from batchnorm.learn.training import train
-
-__all__ = ["Step", "walkthrough"]
+from batchnorm.learn import execution, recipes
+from batchnorm.learn.comparison import compare_with_scratch
+from batchnorm.learn.step import Step
 
 
 def walkthrough(
@@ -26,32 +24,46 @@ def walkthrough(
     momentum: float = 0.9,
     prediction: Tensor | None = None,
 ) -> list[Step]:
-    """Go through batch norm step by step: training on X, then inference in both ways.
+    """Goes through batch norm step by step: training on X, then inference in both ways.
 
     Training: the mean one axis at a time, the variance, x̂ = (x - μ) / √(σ² + ε), y = γ·x̂ + β, and
-    the update of the moving statistics. Inference: with the moving statistics, with the statistics
-    of the data to predict, and, if these are several examples, with the first one's alone.
+    the update of the moving statistics. Inference: by the moving statistics, by the statistics of
+    the data to predict, and, if these are several examples, by those of the first one alone.
+
+    The value of a step is what its line of code gives when it is run. At the end the results are
+    compared with `batchnorm.scratch.batch_norm`.
 
     Args:
         X: A mini-batch, float32 or float64, of 2 to 5 axes: (N, C), (N, C, L), (N, C, H, W) or
             (N, C, D, H, W), with more than one value per channel.
-        gamma: Scale, one number per channel, shape (C,) or (1, C, 1, ...). Ones if left out.
-        beta: Shift, shaped like `gamma`. Zeros if left out.
-        moving_mean: The moving mean so far, shaped like `gamma`. Zeros if left out.
-        moving_var: The moving (biased) variance so far, shaped like `gamma`. Ones if left out.
-        eps: What is added to the variance, above 0.
+        gamma: Scale, one number per channel, shape (C,) or (1, C, 1, ...). Ones by default.
+        beta: Shift, shaped like ``gamma``. Zeros by default.
+        moving_mean: The moving mean so far, shaped like ``gamma``. Zeros by default.
+        moving_var: The moving (biased) variance so far, shaped like ``gamma``. Ones by default.
+        eps: Added to the variance, above 0.
         momentum: Weight of the old moving value, 0 to 1. `torch.nn.BatchNorm2d` takes the weight
             of the new one instead, 1 - momentum.
-        prediction: The data to predict, with the axes and channels of X; X itself if left out, so
+        prediction: The data to predict, with the axes and channels of X. By default X itself, so
             that the outputs can be compared.
 
     Returns:
-        The steps in order, computed in the dtype of X, without gradients. Nothing that came in is
+        The steps in order, computed in the dtype of X, without gradients. The arguments are not
         changed.
 
     Raises:
-        TypeError: If X or another argument that should be a tensor is not one.
-        ValueError: If a shape, a dtype or a value does not fit; the sentence says which.
+        TypeError: X or another argument that should be a tensor is not one.
+        ValueError: A shape, a dtype or a value does not fit.
+        RuntimeError: The result differs from `batchnorm.scratch.batch_norm` by more than rounding.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> for step in batchnorm.walkthrough(torch.tensor([[1.0], [3.0]]))[:5]:
+        ...     print(step)
+        # X: (N, C) = (2, 1)
+        mean = X.mean(dim=0, keepdim=True)  # (1 + 3) / 2 ≈ 2.0000
+        var = ((X - mean) ** 2).mean(dim=0, keepdim=True)  # ((1 - 2)² + (3 - 2)²) / 2 ≈ 1.0000
+        X_hat = (X - mean) / torch.sqrt(var + eps)  # (1 - 2) / √(1 + 1e-05) ≈ -1.0000
+        Y = gamma * X_hat + beta  # 1 × (-1) + 0 ≈ -1.0000
     """
     _check_data("X", X)
     if X.numel() == X.shape[1]:
@@ -68,23 +80,35 @@ def walkthrough(
             f"walkthrough: prediction needs the axes and channels of X, shape {tuple(X.shape)}, "
             f"got shape {tuple(prediction.shape)}."
         )
-    layer = Layer(
-        gamma=_per_channel("gamma", gamma, 1.0, X),
-        beta=_per_channel("beta", beta, 0.0, X),
-        moving_mean=_per_channel("moving_mean", moving_mean, 0.0, X),
-        moving_var=_per_channel("moving_var", moving_var, 1.0, X),
-        eps=eps,
-        momentum=momentum,
-    )
-    if (layer.moving_var < 0).any():
+    given = {
+        "X": X.detach().clone(),
+        "P": prediction.detach().to(X).clone(),
+        "gamma": _per_channel("gamma", gamma, 1.0, X),
+        "beta": _per_channel("beta", beta, 0.0, X),
+        "moving_mean": _per_channel("moving_mean", moving_mean, 0.0, X),
+        "moving_var": _per_channel("moving_var", moving_var, 1.0, X),
+    }
+    if (given["moving_var"] < 0).any():
         raise ValueError(
             "walkthrough: moving_var must not be negative, got "
-            f"{layer.moving_var.min().item():g}; pass variances, not means."
+            f"{given['moving_var'].min().item():g}; pass variances, not means."
         )
-    training = train(X.detach().clone(), layer)
-    results = {step.name: step.value for step in training}
-    trained = replace(layer, moving_mean=results["moving_mean"], moving_var=results["moving_var"])
-    return [*training, *infer(prediction.detach().to(X).clone(), trained)]
+    steps = _walk(given, eps, momentum)
+    compare_with_scratch(steps, given, eps, momentum)
+    return steps
+
+
+def _walk(given: dict[str, Tensor], eps: float, momentum: float) -> list[Step]:
+    variables = {**given, "eps": eps, "momentum": momentum}
+    X, P = given["X"], given["P"]
+    steps = [
+        *execution.run(recipes.training(X.dim()), variables, X, "training"),
+        *execution.run(recipes.inference(X.dim()), variables, P, "inference"),
+    ]
+    if P.shape[0] > 1:
+        alone = recipes.alone(P.dim(), is_own_mean=P[0].numel() == P.shape[1])
+        steps += execution.run([alone], variables, P[:1], "inference")
+    return steps
 
 
 def _check_data(name: str, data: Tensor) -> None:
@@ -104,7 +128,7 @@ def _check_data(name: str, data: Tensor) -> None:
         )
     if not data.isfinite().all():
         raise ValueError(
-            f"walkthrough: {name} holds nan or infinity, which spreads to every result; "
+            f"walkthrough: {name} contains nan or infinity, which spreads to every result; "
             "take those values out."
         )
 
@@ -120,7 +144,7 @@ def _check_numbers(eps: float, momentum: float) -> None:
 
 
 def _per_channel(name: str, given: Tensor | None, default: float, X: Tensor) -> Tensor:
-    """What is given for each channel, in the shape (1, C, 1, ...) and the dtype of X."""
+    """Returns the numbers per channel in the shape (1, C, 1, ...) and the dtype of X."""
     channels = X.shape[1]
     shape = (1, channels, *[1] * (X.dim() - 2))
     if given is None:
@@ -137,7 +161,7 @@ def _per_channel(name: str, given: Tensor | None, default: float, X: Tensor) -> 
         )
     if not given.isfinite().all():
         raise ValueError(
-            f"walkthrough: {name} holds nan or infinity, which spreads to every result; "
+            f"walkthrough: {name} contains nan or infinity, which spreads to every result; "
             "pass finite numbers."
         )
     return given.detach().to(X).reshape(shape).clone()
