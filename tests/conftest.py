@@ -14,7 +14,7 @@ if importlib.util.find_spec("numba"):
 
     plain = [finder for finder in sys.meta_path if "jaxtyping" not in type(finder).__module__]
     with patch.object(sys, "meta_path", plain):
-        from batchnorm.kernels.compiled import library  # noqa: F401
+        from batchnorm.kernels.compiled import plans  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -77,7 +77,8 @@ def test_as_on_the_cpu_in_float64_up_to_rounding(case, training):
 def test_who_computes():
     assert batchnorm.which_backend(images()) == (
         "The reference computes this input, in eager torch and float64. The Numba kernels cannot: "
-        "it is on cuda:0, and these kernels are for the CPU."
+        "it is on cuda:0, and these kernels are for the CPU. torch calls it through the operator "
+        "torch.ops.batchnorm.forward."
     )
 
 

@@ -1,5 +1,4 @@
 from .allocation import keep_freed_memory as keep_freed_memory
-from .kernels.dispatch import which_backend as which_backend
 from .learn.walkthrough import walkthrough as walkthrough
 from .moments import Moments as Moments
 from .moments import merge_moments as merge_moments
@@ -10,6 +9,7 @@ from .nn.layers import BatchNorm3d as BatchNorm3d
 from .nn.layers import LazyBatchNorm1d as LazyBatchNorm1d
 from .nn.layers import LazyBatchNorm2d as LazyBatchNorm2d
 from .nn.layers import LazyBatchNorm3d as LazyBatchNorm3d
+from .nn.route import which_backend as which_backend
 from .tools.acceleration import accelerate as accelerate
 from .tools.acceleration import restore as restore
 from .tools.averaging import ema_update as ema_update

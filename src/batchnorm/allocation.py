@@ -1,4 +1,4 @@
-"""Freed memory kept by the process, because fresh pages cost more than the kernels that fill them.
+"""Reuse of freed memory by glibc, because fresh pages cost more than the kernels that fill them.
 
 glibc gives every block above 32 MiB back to Linux when it is freed. The next tensor of that size
 gets new pages, which Linux has to map and fill with zeros first, and that takes longer than a
@@ -31,9 +31,9 @@ class _SymbolOrigin(ctypes.Structure):
 def keep_freed_memory() -> str | None:
     """Makes glibc keep freed memory for this process's next tensors, up to 1 GiB each.
 
-    Call it once, early, in a program that trains or infers over and over on a CPU. It holds for the
-    whole process and until its end; a second call changes nothing. Linux with glibc 2.35 or later;
-    elsewhere nothing happens, and the reason is returned.
+    Call it once, early, in a program that trains or infers repeatedly on a CPU. It applies to the
+    whole process and until its end; a second call changes nothing. It needs Linux with glibc 2.35
+    or later; elsewhere it does nothing and returns the reason.
 
     What it costs: memory freed by a peak goes back to this process's next tensors, not to other
     programs, so the process stays as large as it ever was. And its peak is higher: glibc keeps the
@@ -50,6 +50,9 @@ def keep_freed_memory() -> str | None:
     Returns:
         None if freed memory is kept from now on; otherwise why nothing was changed, as half a
         sentence without a full stop.
+
+    Example:
+        >>> keep_freed_memory()  # doctest: +SKIP
     """
     reason = _refusal()
     if reason is not None:
@@ -78,7 +81,7 @@ def _refusal() -> str | None:
 
 
 def _file_of(function: Any) -> str:
-    """The library or program that a function of this process stands in; empty if unknown."""
+    """Returns the library or program that contains a function of this process; empty if unknown."""
     origin = _SymbolOrigin()
     ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(origin))
     return (origin.file or b"").decode(errors="replace")

@@ -1,6 +1,6 @@
 """The one statistic of batch normalization: count, mean and variance of a channel.
 
-Every convention of the library about statistics stands in this file:
+All conventions of the library about statistics are in this file:
 
 - ``var`` is always the *biased* variance, the sum of squares divided by ``count``: that is what
   normalizes a batch. The *unbiased* one, divided by ``count - 1``, exists only in ``running_var``,
@@ -26,7 +26,7 @@ class Moments:
     """Count, mean and biased variance of each channel.
 
     Attributes:
-        count: How many values a channel has: one number for all channels, or a tensor of one a
+        count: Number of values of a channel: one number for all channels, or a tensor with one a
             channel.
         mean: Mean of each channel, in the unit of the data.
         var: Biased variance of each channel, in that unit squared.
@@ -38,34 +38,62 @@ class Moments:
 
 
 def empty(num_features: int, device: torch.device | str | None = None) -> Moments:
-    """Moments of no data: merging them with others changes nothing."""
+    """Returns moments of no data: merging them with others changes nothing."""
     zeros = torch.zeros(num_features, dtype=torch.float64, device=device)
     return Moments(0, zeros, zeros.clone())
 
 
 def merge_moments(first: Moments, *others: Moments) -> Moments:
-    r"""Moments of the union of disjoint parts: exact for uneven and for empty parts.
+    r"""Merges the moments of disjoint parts into those of their union.
 
-    With :math:`\delta = \mu_b - \mu_a` and :math:`s = n_b / (n_a + n_b)`,
-    :math:`\mu = \mu_a + s\,\delta` and
-    :math:`\sigma^2 = (1 - s)\,\sigma_a^2 + s\,\sigma_b^2 + s (1 - s)\,\delta^2`.
-    No squares of the data are ever subtracted, so a large mean costs no accuracy.
+    With the shares :math:`s_i = n_i / n`,
+    :math:`\mu = \sum s_i \mu_i` and
+    :math:`\sigma^2 = \sum s_i \left(\sigma_i^2 + (\mu_i - \mu)^2\right)`.
+    No squares of the data are subtracted, so a large mean costs no accuracy; and all parts are
+    merged at once, so the rounding errors do not add up over many parts. Empty parts change
+    nothing, to the last bit.
+
+    Args:
+        first: Moments of a part.
+        *others: Moments of more parts, of the same channels.
 
     Returns:
         Moments in float64.
 
+    Example:
+        >>> import torch
+        >>> first = Moments(2, torch.tensor([1.0]), torch.tensor([0.0]))
+        >>> second = Moments(6, torch.tensor([5.0]), torch.tensor([4.0]))
+        >>> union = merge_moments(first, second)
+        >>> union.count, union.mean.item(), union.var.item()
+        (8, 4.0, 6.0)
+
     Source:
         Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing
-        sample variances", eq. 2.1, written with shares instead of counts.
+        sample variances", eq. 2.1 for two parts, here for any number.
     """
-    total = _widen(first)
-    for other in others:
-        total = _merge_two(total, _widen(other))
-    return total
+    parts = [part for part in (first, *others) if isinstance(part.count, Tensor) or part.count > 0]
+    if len(parts) < 2:
+        only = parts[0] if parts else first
+        return Moments(only.count, only.mean.double(), only.var.double())
+    means = torch.stack([part.mean.double() for part in parts])
+    variances = torch.stack([part.var.double() for part in parts])
+    shares = _shares([part.count for part in parts], means)
+    empty_parts = shares == 0
+    means, variances = (v.masked_fill(empty_parts, 0) for v in (means, variances))
+    mean = (shares * means).sum(0)
+    deviations = (means - mean).masked_fill(empty_parts, 0)
+    # Each sum is taken again about its first result: what the rounding of the sum and of the shares
+    # has left comes out as ``rest``, for the mean, and in the second term, for the variance.
+    rest = (shares * deviations).sum(0)
+    squares = variances + deviations.square()
+    var = (shares * squares).sum(0)
+    var = var + (shares * (squares - var)).sum(0) - rest.square()
+    return Moments(sum(part.count for part in parts), mean + rest, var)
 
 
 def unbiased_var(moments: Moments) -> Float[Tensor, "*c"]:
-    r"""The variance that torch keeps in ``running_var``: :math:`\sigma^2 \, n / (n - 1)`.
+    r"""Computes the variance that torch saves in ``running_var``: :math:`\sigma^2 \, n / (n - 1)`.
 
     Returns:
         In the dtype of ``moments.var``; NaN where a channel has fewer than two values, because one
@@ -79,111 +107,12 @@ def unbiased_var(moments: Moments) -> Float[Tensor, "*c"]:
     return moments.var * (moments.count / (moments.count - 1))
 
 
-def weight_of_new_batch(
-    momentum: float | None, num_batches_tracked: Tensor | None
-) -> float | Tensor:
-    """The share of the running statistics that the batch at hand will get.
-
-    Args:
-        momentum: Weight of the new batch; None for the cumulative average ``1 / k``.
-        num_batches_tracked: Batches *before* this one; the cumulative average needs it.
-
-    Returns:
-        A float, or a 0-d float64 tensor for the cumulative average: the counter is never read on
-        the host, so the update compiles and exports.
-
-    Raises:
-        ValueError: ``momentum`` is None and there is no counter.
-    """
-    if momentum is not None:
-        return momentum
-    if num_batches_tracked is None:
-        raise ValueError(
-            "momentum=None (the cumulative average) needs num_batches_tracked, got None; "
-            "give a momentum between 0 and 1, or keep the counter."
-        )
-    return 1 / (num_batches_tracked + 1).to(torch.float64)
-
-
-def moved_running(
-    running_mean: Float[Tensor, "*c"],
-    running_var: Float[Tensor, "*c"],
-    batch: Moments,
-    weight: float | Tensor,
-) -> tuple[Float[Tensor, "*c"], Float[Tensor, "*c"]]:
-    r"""Running statistics after one more batch: :math:`r' = (1 - w)\,r + w\,b`.
-
-    Computed in the dtype of the batch's moments and rounded once; ``running_var`` moves towards the
-    *unbiased* variance.
-
-    Args:
-        running_mean: Running mean so far.
-        running_var: Running variance so far.
-        batch: Moments of the new batch, at least two values a channel.
-        weight: Weight of the new batch, see `weight_of_new_batch`.
-
-    Returns:
-        New tensors in the dtypes of ``running_mean`` and ``running_var``.
-    """
-    return _moved(running_mean, batch.mean, weight), _moved(
-        running_var, unbiased_var(batch), weight
-    )
-
-
-@torch.no_grad()
-def update_running(
-    running_mean: Float[Tensor, "*c"],
-    running_var: Float[Tensor, "*c"],
-    batch: Moments,
-    weight: float | Tensor,
-) -> None:
-    """Writes `moved_running` into the running statistics."""
-    new_mean, new_var = moved_running(running_mean, running_var, batch, weight)
-    write_buffer(running_mean, new_mean)
-    write_buffer(running_var, new_var)
-
-
-def count_batch(num_batches_tracked: Tensor) -> None:
-    """Adds one to the counter, also where ``torch.func.grad`` captured it."""
-    if torch._C._are_functorch_transforms_active():
-        write_buffer(num_batches_tracked, num_batches_tracked + 1)
-    else:
-        num_batches_tracked.add_(1)
-
-
-@torch.no_grad()
-def write_buffer(buffer: Tensor, value: Tensor) -> None:
-    """Writes ``value`` into ``buffer``, also where ``torch.func.grad`` captured the buffer.
-
-    Of torch's ways to write into a captured tensor, ``out=`` is the one that it allows; and that
-    one is not allowed under ``vmap``.
-    """
-    try:
-        buffer.copy_(value)
-    except RuntimeError as error:
-        if "mutate a captured Tensor" not in str(error):
-            raise
-        torch.add(value, 0, out=buffer)
-
-
-def _moved(running: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:
-    return ((1 - weight) * running.to(new.dtype) + weight * new).to(running.dtype)
-
-
-def _widen(moments: Moments) -> Moments:
-    return Moments(moments.count, moments.mean.double(), moments.var.double())
-
-
-def _merge_two(a: Moments, b: Moments) -> Moments:
-    count = a.count + b.count
-    share = _share(b.count, count)
-    delta = b.mean - a.mean
-    mean = a.mean + share * delta
-    var = (1 - share) * a.var + share * b.var + share * (1 - share) * delta.square()
-    return Moments(count, mean, var)
-
-
-def _share(part: Count, whole: Count) -> float | Tensor:
-    if isinstance(whole, Tensor):
-        return (part / whole).where(whole > 0, 0.0)
-    return part / whole if whole > 0 else 0.0
+def _shares(counts: list[Count], means: Tensor) -> Tensor:
+    """Shares of the parts in the union, which broadcast with ``means``; zeros if all are empty."""
+    if any(isinstance(count, Tensor) for count in counts):
+        wide = (torch.as_tensor(count, device=means.device).double() for count in counts)
+        n = torch.stack([count.expand_as(means[0]) for count in wide])
+        total = n.sum(0)
+        return (n / total).masked_fill(total == 0, 0)
+    total = sum(counts)
+    return means.new_tensor([n / total for n in counts]).reshape(-1, *[1] * (means.dim() - 1))

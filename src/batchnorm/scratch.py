@@ -17,7 +17,7 @@ no batch to take a mean over.
 
 **Why the variance is biased here.** The formula divides by :math:`n`, not by :math:`n - 1`: the
 batch is described, not the population it came from, and :math:`\hat x` then has a variance of
-exactly one. This file keeps that same number in ``moving_var``, as d2l does. torch normalizes by it
+exactly one. This file stores the same number in ``moving_var``, as d2l does. torch normalizes by it
 too, but *stores* the unbiased one, :math:`\sigma^2 n / (n - 1)`, as an estimate of the population.
 For a batch of 4 the stored numbers differ by a quarter, for 256 images of 24 x 24 by nothing.
 
@@ -74,7 +74,13 @@ def batch_norm(
 
     Raises:
         ValueError: ``X`` has another rank, or one value a channel in training: its variance would
-            be zero, ``Y`` would be ``beta`` whatever ``X`` is, and ``moving_var`` would shrink.
+            be zero, ``Y`` would be ``beta`` for any ``X``, and ``moving_var`` would shrink.
+
+    Example:
+        >>> X, one, zero = torch.tensor([[1.0], [3.0]]), torch.ones(1, 1), torch.zeros(1, 1)
+        >>> Y, mean, var = batch_norm(X, one, zero, zero, one, eps=0, momentum=0.5, training=True)
+        >>> Y.flatten().tolist(), mean.item(), var.item()
+        ([-1.0, 1.0], 1.0, 1.0)
     """
     if X.dim() not in (2, 3, 4, 5):
         raise ValueError(
@@ -116,6 +122,11 @@ class BatchNorm(nn.Module):
 
     Raises:
         ValueError: ``num_dims`` is not 2, 3, 4 or 5.
+
+    Example:
+        >>> layer = BatchNorm(3, num_dims=4)
+        >>> layer(torch.randn(2, 3, 5, 5)).shape
+        torch.Size([2, 3, 5, 5])
     """
 
     moving_mean: Tensor
@@ -136,7 +147,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("moving_var", torch.ones(shape))
 
     def forward(self, X: Tensor) -> Tensor:
-        """Normalizes ``X`` and keeps the moving averages.
+        """Normalizes ``X``; in training it also saves the new moving averages.
 
         Raises:
             ValueError: ``X`` has another shape than the layer, or one value a channel in training.

@@ -1,45 +1,134 @@
-"""Private names of torch, each behind a function of ours: the only file that uses them."""
+"""Every private name of torch that this library uses, each behind a name of its own.
+
+torch has no public way to ask what these functions answer. A private name may vanish with any
+release, so each is looked up here, once. Where one is missing, a warning says so, and what stands
+in for it is slower, or makes torch raise an error of its own; no result becomes wrong.
+``tests/test_torch_internals.py`` uses each name and takes each away.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Function, Variable, forward_ad
 from torch.nn.modules import module as torch_module
 
+
+def _private(path: str, otherwise: Any, consequence: str) -> Any:
+    """Looks up ``torch.<path>``, or warns and returns ``otherwise``."""
+    try:
+        return functools.reduce(getattr, path.split("."), torch)
+    except AttributeError:
+        warnings.warn(
+            f"batchnorm: torch {torch.__version__} has no torch.{path}; {consequence}. "
+            "Use torch 2.13, or look for a newer batchnorm.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return otherwise
+
+
+_NO_TRANSFORMS = "layers take the slower way through torch's dispatcher, and torch.func fails"
+_transforms_active: Callable[[], bool] = _private(
+    "_C._are_functorch_transforms_active", None, _NO_TRANSFORMS
+)
+_level: int | None = _private("autograd.forward_ad._current_level", None, _NO_TRANSFORMS)
+_mode_depth: Callable[[], int] = _private(
+    "_C._len_torch_dispatch_stack", lambda: 1, "layers go through torch's dispatcher, which is slow"
+)
+_top_hooks: Callable[[bool], object] = _private(
+    "_C._autograd._top_saved_tensors_default_hooks",
+    lambda _: True,
+    "running statistics are updated outside of the kernels, which is slower",
+)
+_graph_task: Callable[[], int] = _private(
+    "_C._current_graph_task_id", lambda: -1, "recomputed forward passes count as new batches"
+)
+
+# Hooks on calls and on gradients: attributes of a module, and of torch's module of modules.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Whether a tensor has memory of its own; wrappers of transforms have none.
+has_storage: Callable[[Tensor], bool] = _private(
+    "_C._has_storage", lambda _: False, "layers go through torch's dispatcher, which is slow"
+)
+# The library whose calls to OpenMP show which implementation torch was linked with.
+LIBRARY_FILE: str | None = _private("_C.__file__", None, "kernels run on threads of their own")
+KNOWS_TRANSFORMS = _transforms_active is not None and _level is not None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or a level of forward mode is active.
+
+    ``torch.autograd.Function`` itself asks the first question like this.
+    """
+    return KNOWS_TRANSFORMS and (_transforms_active() or forward_ad._current_level >= 0)
+
+
+def is_func_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is active."""
+    return KNOWS_TRANSFORMS and _transforms_active()
+
+
+def is_recorded() -> bool:
+    """Whether a ``TorchDispatchMode`` (as for fake tensors) or ``torch.jit.trace`` is active."""
+    return _mode_depth() > 0 or torch.jit.is_tracing()
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether a ``torch.autograd.graph.saved_tensors_hooks`` block is active."""
+    return _top_hooks(True) is not None
+
+
+def direct_apply(function: type[Function]) -> Callable[..., Any]:
+    """The ``apply`` in C++ that ``function.apply`` calls.
+
+    It skips the search for dead wrappers of transforms, which costs more than a small kernel.
+    """
+    return getattr(super(Function, function), "apply", function.apply)
 
 
 def backward_pass_id() -> int:
-    """Identifies the backward pass that this thread is in; -1 outside of one.
+    """Number of the backward pass that runs on this thread; -1 outside of one.
 
-    Source:
-        ``torch.utils.checkpoint`` and ``torch.utils.module_tracker`` ask the same.
+    ``torch.utils.checkpoint`` asks the same.
     """
-    return torch._C._current_graph_task_id()
+    return _graph_task()
 
 
 def when_backward_pass_ends(callback: Callable[[], None]) -> None:
-    """Has ``callback`` called at the end of the backward pass that this thread is in.
+    """Calls ``callback`` at the end of the backward pass that runs on this thread.
 
-    Autograd does not call it if the pass fails, but drops it in either case.
+    Autograd does not call it if the pass fails, but drops it in both cases.
+    ``DistributedDataParallel`` finishes its work in this way.
 
-    Source:
-        ``DistributedDataParallel`` and FSDP finish their work in this way.
+    Raises:
+        RuntimeError: No backward pass runs.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
+    engine: Any = Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
+    engine.queue_callback(callback)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tells if somebody listens to calls of this module, or to its gradients."""
+    """Whether somebody listens to the calls of this module, or to its gradients."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def global_hooks() -> list[Any]:
-    """Returns the hooks that run for every module; asked at each call of a fused block."""
-    if not torch_module._has_any_global_hook():
-        return []
-    kinds = [getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS]
-    return [hook for kind in kinds for hook in kind.values()]
+def global_hooks() -> list[Callable[..., Any]]:
+    """The hooks that run for every module (``register_module_forward_hook`` and its kin)."""
+    return [hook for kind in _HOOKS for hook in getattr(torch_module, f"_global{kind}").values()]
+
+
+def is_write_into_captured(error: RuntimeError) -> bool:
+    """Whether torch refused to write into a tensor that ``torch.func.grad`` captured."""
+    return "mutate a captured Tensor" in str(error)
+
+
+def is_write_under_vmap(error: RuntimeError) -> bool:
+    """Whether torch refused to write mapped values into a tensor that is not mapped."""
+    return any(words in str(error) for words in ("vmap", "Batching rule"))

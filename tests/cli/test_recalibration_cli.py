@@ -348,7 +348,7 @@ def test_force_replaces_a_file_even_the_checkpoint_itself(folder, capsys):
         (["mine.py", "--dry-run"], {}, "mine.py must end in .pt, .pth or .safetensors, which"),
         (["junk.pt", "--dry-run"], {}, "junk.pt is damaged, or holds more than tensors"),
         (["junk.safetensors", "--dry-run"], {}, "junk.safetensors cannot be read: SafetensorErr"),
-        (["code.pt", "--dry-run"], {}, "code.pt is damaged, or holds more than tensors and plain"),
+        (["code.pt", "--dry-run"], {}, "code.pt is damaged, or holds more than tensors and simple"),
         (["inputs.pt", "--dry-run"], {}, "inputs.pt holds no state_dict, neither as a whole nor"),
         (["few.pt", "--dry-run"], {}, "does not fit the model: it lacks 0.bias and 8 more; name"),
         (["more.pt", "--dry-run"], {}, "it holds, beyond the model, extra; name the factory of"),

@@ -35,7 +35,7 @@ def test_numba_says_why_not(x, reason):
         RuntimeError, match=f"^backend='numba' cannot take this input: {re.escape(reason)}\\.$"
     ):
         dispatch.choose(x, "numba")
-    assert dispatch.which_backend(x) == (
+    assert dispatch.describe(x) == (
         "The reference computes this input, in eager torch and float64. "
         f"The Numba kernels cannot: {reason}."
     )
@@ -46,9 +46,7 @@ def test_without_numba_the_reference_computes(monkeypatch):
     monkeypatch.setattr(dispatch, "numba_cpu", None)
     monkeypatch.setattr(dispatch, "_missing", reason)
     assert dispatch.choose(torch.zeros(2, 3)) is reference
-    assert dispatch.which_backend(torch.zeros(2, 3)).endswith(
-        f"The Numba kernels cannot: {reason}."
-    )
+    assert dispatch.describe(torch.zeros(2, 3)).endswith(f"The Numba kernels cannot: {reason}.")
     with pytest.raises(
         RuntimeError,
         match=r"^backend='numba' cannot take this input: numba is not installed; "
@@ -91,16 +89,16 @@ def test_an_import_that_fails_leaves_the_reference(tmp_path, setup, reason):
 @pytest.mark.usefixtures("two_threads")
 def test_explain_says_how(shape, layout, words):
     x = torch.zeros(shape).to(memory_format=layout)
-    text = dispatch.which_backend(x)
+    text = dispatch.describe(x)
     assert text.startswith(f"The Numba kernels compute this input as {words}")
-    assert dispatch.which_backend(x, "numba") == text
-    assert dispatch.which_backend(x, "reference") == (
+    assert dispatch.describe(x, "numba") == text
+    assert dispatch.describe(x, "reference") == (
         "The reference computes this input, in eager torch and float64."
     )
     if "shared" in words:
         assert text.endswith(f" threads of {parallel.backend()}.")
     else:
-        assert "after copying it into contiguous memory" in dispatch.which_backend(x[..., ::2])
+        assert "after copying it into contiguous memory" in dispatch.describe(x[..., ::2])
 
 
 TRANSFORMED = (

@@ -17,7 +17,7 @@ pytest.importorskip("numba", reason="the kernels that run in parallel are compil
 
 from numba import cfunc, types
 
-from batchnorm.kernels import parallel
+from batchnorm.kernels import machine, parallel
 
 SIGNATURE = types.void(types.CPointer(types.intp), types.uintp, types.uintp)
 STAGE, LENGTH, TEAM, HEADER = 0, 1, 2, 3
@@ -281,7 +281,7 @@ def test_files_are_told_by_their_addresses():
     assert parallel._file_at(0) == Path()
     assert parallel._file_at(add_one.address) == Path()
     libc = parallel.ctypes.CDLL(None)
-    assert parallel._file_at(parallel._address(libc.getpid)).name.startswith("libc")
+    assert parallel._file_at(machine.address_of(libc.getpid)).name.startswith("libc")
 
 
 def test_the_team_is_found_once_by_threads_that_start_together(monkeypatch):

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from numba import cfunc, config, types
+from numba import config, types
 
-from batchnorm.kernels.compiled import library, storage
+from batchnorm.kernels.compiled import compiling, numba_internals, storage
 
 pytestmark = [
     pytest.mark.untyped,
@@ -32,27 +32,27 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_code_is_kept_and_linked_again(folder):
-    first = library.compiled("plus", plus_seven, SIGNATURE)
+    first = compiling.compiled("plus", plus_seven, SIGNATURE)
     assert [path.name for path in folder.iterdir()] == [f"plus-{storage.fingerprint()}.bin"]
-    again = storage.linked(storage.read(f"plus-{storage.fingerprint()}"))
+    again = storage.link(storage.read(f"plus-{storage.fingerprint()}"))
     assert first != again
     assert Function(first)(35) == Function(again)(35) == 42
 
 
 def test_what_is_kept_is_not_compiled(folder, monkeypatch):
-    library.compiled("plus", plus_seven, SIGNATURE)
-    monkeypatch.setattr(library, "cfunc", lambda *_, **__: pytest.fail("compiled"))
-    assert Function(library.compiled("plus", plus_seven, SIGNATURE))(1) == 8
+    compiling.compiled("plus", plus_seven, SIGNATURE)
+    monkeypatch.setattr(compiling, "object_code", lambda *_, **__: pytest.fail("compiled"))
+    assert Function(compiling.compiled("plus", plus_seven, SIGNATURE))(1) == 8
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:99] + b[100:]])
 def test_damaged_code_is_compiled_anew_and_replaced(folder, damage):
-    library.compiled("plus", plus_seven, SIGNATURE)
+    compiling.compiled("plus", plus_seven, SIGNATURE)
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert storage.read(path.stem) is None
-    assert Function(library.compiled("plus", plus_seven, SIGNATURE))(1) == 8
+    assert Function(compiling.compiled("plus", plus_seven, SIGNATURE))(1) == 8
     assert storage.read(path.stem) is not None
 
 
@@ -60,7 +60,7 @@ def test_the_next_folder_serves_where_the_first_cannot(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(storage, "_folders", lambda: [tmp_path / "file" / "a", tmp_path / "b"])
     kept = storage.MachineCode("symbol", b"code\nand more")
-    storage.keep("name", kept)
+    storage.write("name", kept)
     assert storage.read("name") == kept
     assert (tmp_path / "b" / "name.bin").exists()
 
@@ -68,7 +68,7 @@ def test_the_next_folder_serves_where_the_first_cannot(tmp_path, monkeypatch):
 def test_without_any_folder_nothing_is_kept_and_nothing_fails(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    assert Function(library.compiled("plus", plus_seven, SIGNATURE))(1) == 8
+    assert Function(compiling.compiled("plus", plus_seven, SIGNATURE))(1) == 8
     assert storage.read(f"plus-{storage.fingerprint()}") is None
 
 
@@ -85,10 +85,10 @@ def test_the_folders_are_numbas_or_ours(monkeypatch):
 def test_a_new_process_finds_what_another_one_kept(folder):
     code = (
         "import torch, batchnorm\n"
-        "from batchnorm.kernels.compiled import library\n"
+        "from batchnorm.kernels.compiled import compiling\n"
         "compiled = []\n"
-        "real = library.cfunc\n"
-        "library.cfunc = lambda *a, **k: compiled.append(1) or real(*a, **k)\n"
+        "real = compiling.object_code\n"
+        "compiling.object_code = lambda *a, **k: compiled.append(1) or real(*a, **k)\n"
         "running = torch.zeros(2), torch.ones(2)\n"
         "batchnorm.batch_norm(torch.randn(4, 2), *running, training=True)\n"
         "print(len(compiled), running[0].abs().sum() > 0)"
@@ -106,14 +106,14 @@ def test_a_new_process_finds_what_another_one_kept(folder):
 
 COMPILE = """
 import sys
-from batchnorm.kernels.compiled import library
+from batchnorm.kernels.compiled import compiling
 from kernels.test_storage import SIGNATURE, plus_seven
 compiled = []
-real = library.cfunc
-library.cfunc = lambda *a, **k: compiled.append(1) or real(*a, **k)
+real = compiling.object_code
+compiling.object_code = lambda *a, **k: compiled.append(1) or real(*a, **k)
 print("ready", flush=True)
 sys.stdin.readline()
-library.compiled("plus", plus_seven, SIGNATURE)
+compiling.compiled("plus", plus_seven, SIGNATURE)
 print(len(compiled))
 """
 
@@ -165,7 +165,7 @@ def test_where_files_cannot_be_locked_everybody_compiles(folder, monkeypatch, er
         monkeypatch.setattr(storage, "fcntl", None)
     else:
         monkeypatch.setattr(storage, "_wait_for", raising(error))
-    assert Function(library.compiled("plus", plus_seven, SIGNATURE))(1) == 8
+    assert Function(compiling.compiled("plus", plus_seven, SIGNATURE))(1) == 8
 
 
 def raising(error):
@@ -176,6 +176,5 @@ def raising(error):
 
 
 def test_numba_gives_the_object_code_of_a_function():
-    code = cfunc(SIGNATURE, _nrt=False)(plus_seven)
-    kept = storage.MachineCode(code._wrapper_name, code._library._get_compiled_object())
-    assert Function(storage.linked(kept))(1) == 8
+    kept = storage.MachineCode(*numba_internals.object_code(plus_seven, SIGNATURE))
+    assert Function(storage.link(kept))(1) == 8

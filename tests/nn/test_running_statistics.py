@@ -4,9 +4,12 @@ import pytest
 import torch
 
 import batchnorm
+from batchnorm import scratch
 from batchnorm.kernels import dispatch
-from batchnorm.moments import update_running
+from batchnorm.moments import Moments, unbiased_var
 from batchnorm.nn.functional import batch_norm
+from batchnorm.nn.functional import moments as moments_of
+from batchnorm.nn.running_statistics import update_running, weight_of_new_batch
 
 CHANNELS = 3
 
@@ -115,3 +118,86 @@ def test_hooks_may_give_x_back_in_another_layout():
         y = layer(x)
     (got,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(got, expected)
+
+
+def data(values, channels=3, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randn(values, channels, generator=chance, dtype=torch.float64)
+
+
+def test_weight_of_new_batch():
+    assert weight_of_new_batch(0.1, None) == 0.1
+    assert weight_of_new_batch(0.0, torch.tensor(5)) == 0.0
+    for before in (0, 1, 9):
+        counter = torch.tensor(before)
+        weight = weight_of_new_batch(None, counter)
+        assert weight.dtype == torch.float64
+        assert weight.item() == 1 / (before + 1)
+        assert counter.item() == before
+
+
+def test_the_cumulative_average_needs_a_counter():
+    with pytest.raises(
+        ValueError,
+        match=r"^momentum=None \(the cumulative average\) needs num_batches_tracked, got None; "
+        r"give a momentum between 0 and 1, or keep the counter\.$",
+    ):
+        weight_of_new_batch(None, None)
+
+
+def test_update_running_by_hand():
+    mean, var = torch.tensor([10.0]), torch.tensor([100.0])
+    batch = Moments(5, torch.tensor([20.0]), torch.tensor([8.0]))
+    update_running(mean, var, batch, 0.25)
+    assert mean.item() == 0.75 * 10 + 0.25 * 20
+    assert var.item() == 0.75 * 100 + 0.25 * 8 * 5 / 4
+
+
+def test_update_running_as_torch():
+    x = data(6).float()
+    ours = [torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6])]
+    theirs = [tensor.clone() for tensor in ours]
+    update_running(*ours, moments_of(x), 0.3)
+    torch.nn.functional.batch_norm(x, *theirs, training=True, momentum=0.3)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_decay_of_the_book_gives_the_book_its_mean():
+    x = data(6)
+    start = torch.full((1, 3), 2.0, dtype=torch.float64)
+    ones = torch.ones(1, 3, dtype=torch.float64)
+    _, book_mean, book_var = scratch.batch_norm(
+        x, ones, 0 * ones, start, start, eps=1e-5, momentum=0.9, training=True
+    )
+    mean, var = start[0].clone(), start[0].clone()
+    update_running(mean, var, moments_of(x), 0.1)
+    torch.testing.assert_close(mean, book_mean[0])
+    biased = moments_of(x).var
+    torch.testing.assert_close(var - book_var[0], 0.1 * (biased * 6 / 5 - biased))
+
+
+def test_the_cumulative_average_is_the_plain_mean_of_the_batches():
+    batches = [moments_of(data(4 + k, seed=k)) for k in range(6)]
+    mean, var = torch.full((3,), 99.0).double(), torch.full((3,), 99.0).double()
+    counter = torch.tensor(0)
+    for batch in batches:
+        update_running(mean, var, batch, weight_of_new_batch(None, counter))
+        counter += 1
+    torch.testing.assert_close(mean, torch.stack([b.mean for b in batches]).mean(0))
+    torch.testing.assert_close(var, torch.stack([unbiased_var(b) for b in batches]).mean(0))
+
+
+def test_an_update_rounds_once():
+    mean, var = torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).bfloat16()
+    batch = Moments(3, torch.tensor([1 / 3]).double(), torch.tensor([0.1]).double())
+    update_running(mean, var, batch, 0.01)
+    assert mean.item() == torch.tensor(0.99 + 0.01 / 3).bfloat16().item()
+    assert var.item() == torch.tensor(0.99 + 0.01 * 0.15).bfloat16().item()
+
+
+def test_running_statistics_get_no_graph():
+    mean, var = torch.zeros(3), torch.ones(3)
+    x = data(5).requires_grad_()
+    update_running(mean, var, Moments(5, x.mean(0), x.var(0)), 0.5)
+    assert not mean.requires_grad
+    assert not var.requires_grad

@@ -149,7 +149,7 @@ UNTYPED_FAULTS = [
         "no_momentum",
         TypeError,
         "batch_norm expects momentum as a number or a 0-d tensor, got None; for the cumulative "
-        "average give moments.weight_of_new_batch(None, num_batches_tracked).",
+        "average pass 1 / (num_batches_tracked + 1).",
         changes={"momentum": None},
     ),
     *(

@@ -1,1 +1,1 @@
-"""Implementations of the stages of batch normalization, and the choice among them."""
+"""Backends: who computes batch normalization, by one contract, and the choice among them."""

@@ -1,37 +1,51 @@
-"""What a kernel module must offer: five stages and two composites, as plain functions.
+"""The kernel contract: the functions that a backend must have.
 
-A backend is a module. It has these functions, or pyright says which one differs. In all of them
+A backend is a module with the functions of `Backend`, or pyright says which one differs. In all of
+them
 
 - ``x``, ``residual`` and their gradients have the shape (N, C, ...), any rank of at least two, in
-  any memory layout; ``weight``, ``bias``, ``mean``, ``var`` are (C,);
-- ``mean``, ``var`` (biased, without ``eps``) and the sums have the dtype `statistics_dtype`; only
-  `normalize` also takes running statistics as they are;
-- ``gate`` is given to the backward stages when a ReLU was fused;
-- nothing is validated: `batchnorm.nn.functional` did that, once.
+  any memory layout; ``weight``, ``bias``, ``mean``, ``var`` and the means and sums of the gradient
+  are (C,);
+- ``mean``, ``var`` (biased, without ``eps``), means and sums have the dtype `statistics_dtype`;
+  only `Backend.normalize` also takes running statistics as they are;
+- ``gate`` is given to the backward functions when a ReLU was fused;
+- nothing is validated: `batchnorm.nn.functional` has done that once.
+
+Four functions are *stages*: `Backend.moments`, `Backend.normalize`, `Backend.grad_sums` and
+`Backend.grad_input`. Between stages, moments and sums may be merged with
+those of other devices or batches. Two are *composites*, `Backend.forward` and `Backend.backward`:
+they mean the composition of the stages, in fewer passes over memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
 
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """In what statistics of ``x`` are kept: float64, or float32 on a device without float64."""
+    """Returns the dtype in which statistics of ``x`` are accumulated.
+
+    That is float64, or float32 on a device without float64.
+    """
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-class Gate(NamedTuple):
-    """Where a fused ReLU let its input through.
+class ReluGate(NamedTuple):
+    """The elements that a fused ReLU passed.
 
-    Without a residual the sign of the output is found again from ``x``, by the same arithmetic as
-    in the forward pass; that takes ``bias``. With one it is in ``mask``, one bit an element
-    (`batchnorm.kernels.geometry`).
+    Attributes:
+        bias: The bias of the forward pass. Without a residual, the backward pass finds the sign of
+            the output again from ``x``, by the same arithmetic as the forward pass; that takes the
+            bias.
+        mask: With a residual, one bit an element (`batchnorm.kernels.geometry`); else None.
     """
 
     bias: Tensor | None
@@ -40,18 +54,18 @@ class Gate(NamedTuple):
 
 @dataclass(slots=True)
 class Running:
-    """Running statistics that `forward` may move itself, while the batch's are at hand.
+    """Running statistics that `Backend.forward` may update itself, which saves a call.
 
-    All are plain tensors. A module that moves them, by the formula and to the bits of
-    `batchnorm.moments.update_running`, says so in ``moved``; otherwise the caller does it.
+    All are ordinary tensors. A backend that updates them, with the formula and to the bits of
+    `batchnorm.nn.running_statistics.update_running`, sets ``moved``; otherwise the caller updates.
 
     Attributes:
         mean: Moves towards the batch's mean.
         var: Moves towards the batch's unbiased variance.
-        counter: Batches so far, one more is added; None if nobody counts them.
-        weight: Of the new batch.
-        moved: Whether all that was done.
-        overflown: Whether a variance was more than float32 can hold.
+        counter: Number of batches so far, which the backend increments; None without a counter.
+        weight: Weight of the new batch.
+        moved: True if the backend has updated all of them.
+        overflowed: True if a variance is larger than float32 can hold.
     """
 
     mean: Tensor
@@ -59,15 +73,18 @@ class Running:
     counter: Tensor | None
     weight: float | Tensor
     moved: bool = False
-    overflown: bool = False
+    overflowed: bool = False
 
 
 class Gradients(NamedTuple):
-    """Gradients of one call of `forward`.
+    """Gradients of one call of `Backend.forward`.
 
-    Those of weight and bias have the dtype of the statistics, or that of the weight already.
-    ``residual`` is the gradient behind the ReLU where a mask told it; without a fused ReLU it is
-    ``grad_output`` itself, and None stands for that.
+    Attributes:
+        x: Gradient of the input.
+        weight: ``sum(grad * x_hat)``, in the dtype of the statistics or already in the weight's.
+        bias: ``sum(grad)``, in the same dtype.
+        residual: Gradient before the ReLU, if there is a mask; None if it is
+            ``grad_output`` itself.
     """
 
     x: Tensor
@@ -76,16 +93,15 @@ class Gradients(NamedTuple):
     residual: Tensor | None
 
 
-@runtime_checkable
-class Stages(Protocol):
-    """Batch normalization cut where the mathematics has its joints."""
+class Backend(Protocol):
+    """Batch normalization in four stages and two composites."""
 
     def refusal(self, x: Tensor) -> str | None:
-        """Why this module cannot take ``x``; None if it can."""
+        """Returns why this backend cannot take ``x``; None if it can."""
         ...
 
     def moments(self, x: Tensor) -> Moments:
-        """Count, mean and biased variance of each channel."""
+        """Computes count, mean and biased variance of each channel."""
         ...
 
     def normalize(
@@ -100,9 +116,10 @@ class Stages(Protocol):
         *,
         relu: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """``(x - mean) / sqrt(var + eps) * weight + bias + residual``, then ReLU; in x's dtype.
+        """Computes ``(x - mean) / sqrt(var + eps) * weight + bias + residual``, then ReLU.
 
-        The mask comes with it where a residual and a ReLU are fused.
+        Returns:
+            The result in x's dtype, and the mask if a residual and a ReLU are fused (else None).
         """
         ...
 
@@ -114,9 +131,13 @@ class Stages(Protocol):
         var: Tensor,
         eps: float,
         weight: Tensor | None,
-        gate: Gate | None = None,
+        gate: ReluGate | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``sum(grad)`` and ``sum(grad * x_hat)`` a channel: grad_bias and grad_weight."""
+        """Computes ``sum_grad`` and ``sum_grad_x_hat`` of each channel.
+
+        They are the gradients of bias and weight, and divided by the count of the pool that the
+        moments came from, the means for `grad_input`.
+        """
         ...
 
     def grad_input(
@@ -127,11 +148,18 @@ class Stages(Protocol):
         var: Tensor,
         eps: float,
         weight: Tensor | None,
-        sum_grad: Tensor,
-        sum_grad_x_hat: Tensor,
-        gate: Gate | None = None,
+        mean_grad: Tensor,
+        mean_grad_x_hat: Tensor,
+        gate: ReluGate | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of ``x`` and ``residual``, through the batch's own mean and variance."""
+        """Computes the gradient of ``x`` through the moments of the pool.
+
+        ``mean_grad`` and ``mean_grad_x_hat`` are means over the whole pool, of which ``x`` may be a
+        part: a rank's share, a ghost batch, the unmasked samples.
+
+        Returns:
+            The gradients of ``x`` and, with a mask, of ``residual`` (else None).
+        """
         ...
 
     def forward(
@@ -145,7 +173,7 @@ class Stages(Protocol):
         relu: bool = False,
         running: Running | None = None,
     ) -> tuple[Tensor, Moments, Tensor | None]:
-        """`moments`, then `normalize` by them; ``running`` may be moved."""
+        """Composes `moments` and `normalize`; it may update ``running``."""
         ...
 
     def backward(
@@ -156,9 +184,12 @@ class Stages(Protocol):
         var: Tensor,
         eps: float,
         weight: Tensor | None,
-        gate: Gate | None = None,
+        gate: ReluGate | None = None,
         *,
         fixed: bool = False,
     ) -> Gradients:
-        """`grad_sums`, then `grad_input` by them; or, if mean and variance are fixed, the scale."""
+        """Composes `grad_sums` and `grad_input` over the pool that is ``x`` alone.
+
+        If ``fixed``, mean and variance are constants, and the gradient of ``x`` is only scaled.
+        """
         ...

@@ -1,7 +1,7 @@
-"""How the Numba kernels see a tensor, and where the bits of a mask lie.
+"""Geometry of a tensor as the Numba kernels see it, and the layout of masks.
 
-A tensor that is neither contiguous nor channels last is copied into contiguous memory first; its
-mask is that of the copy.
+The kernels copy a tensor that is neither contiguous nor channels last into contiguous memory first;
+its mask is that of the copy.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Planes of fewer elements than this are worked on as columns.
+# Elements of the shortest plane that is computed as a plane; shorter ones are columns.
+# docs/decisions/0007: planes
 SHORT = 32
-# Rows narrower than this are put side by side.
+# Width from which on rows of columns are not put side by side: a whole vector of the kernels.
 WIDE = 64
-
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -26,8 +26,15 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Geometry(NamedTuple):
     """A tensor as planes (rows, channels, length), or as rows of fold * channels * repeat columns.
 
-    ``slabs`` depends on the shape alone, so that sums are merged in the same order by any number of
-    threads.
+    Attributes:
+        columns: True for columns, False for planes.
+        rows: Number of samples of planes, or rows of the matrix of columns.
+        channels: Number of channels.
+        length: Elements of a plane; 1 for columns.
+        fold: Number of narrow rows that are put side by side.
+        repeat: Neighboring columns that belong to one channel.
+        slabs: Number of parts in which sums are collected. It depends on the shape alone, so that
+            any number of threads merges the same sums in the same order.
     """
 
     columns: bool
@@ -40,14 +47,14 @@ class Geometry(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and width of the mask: each row of bits begins a new byte."""
+        """Rows and width of the mask. Each row of bits begins a new byte."""
         if self.columns:
             return self.rows, self.fold * self.channels * self.repeat
         return self.rows * self.channels, self.length
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of ``x`` lie next to each other, and nothing else between."""
+    """Returns whether the channels of each position of ``x`` are adjacent in dense memory."""
     if x.is_contiguous():
         return False
     if x.dim() in _LAST:
@@ -56,13 +63,13 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def geometry_of(x: Tensor) -> Geometry:
-    """How the kernels will see ``x``."""
+    """Returns the geometry of ``x``."""
     return geometry_of_shape(x.shape, channels_last=is_channels_last(x))
 
 
 @lru_cache(1024)
 def geometry_of_shape(shape: torch.Size, *, channels_last: bool) -> Geometry:
-    """The same, of any contiguous or channels-last tensor of that shape."""
+    """Returns the geometry of any contiguous or channels-last tensor of that shape."""
     n, channels = shape[:2]
     length = math.prod(shape[2:])
     if not channels_last and length >= SHORT:
@@ -76,13 +83,13 @@ def geometry_of_shape(shape: torch.Size, *, channels_last: bool) -> Geometry:
 
 
 def _fold(rows: int, width: int) -> int:
-    """How many narrow rows are put side by side: a divisor of their number."""
+    """Returns how many narrow rows to put side by side: a divisor of their number."""
     most = min(rows, -(-4 * WIDE // width)) if width < WIDE else 1
     return next(fold for fold in range(most, 0, -1) if rows % fold == 0)
 
 
 def mask_size(x: Tensor) -> int | torch.SymInt:
-    """Bytes that are enough for the mask of ``x``, whatever its geometry; symbolic in a trace."""
+    """Returns a size in bytes that any geometry of ``x`` fits into; symbolic in a trace."""
     if is_channels_last(x) or x.dim() == 2:
         return x.numel() // x.shape[1] * ((x.shape[1] + 7) // 8)
     length = x.numel() // (x.shape[0] * x.shape[1])
@@ -90,7 +97,7 @@ def mask_size(x: Tensor) -> int | torch.SymInt:
 
 
 def pack(passes: Tensor, like: Tensor) -> Tensor:
-    """Flags in the shape of ``like`` as a mask, one bit an element."""
+    """Packs flags in the shape of ``like`` into a mask, one bit an element."""
     rows, width = geometry_of(like).matrix
     flags = passes.movedim(1, -1) if is_channels_last(like) else passes
     flags = F.pad(flags.reshape(rows, width).to(torch.uint8), (0, -width % 8))
@@ -100,7 +107,7 @@ def pack(passes: Tensor, like: Tensor) -> Tensor:
 
 
 def unpack(mask: Tensor, like: Tensor) -> Tensor:
-    """The flags of a mask, as booleans in the shape of ``like``."""
+    """Unpacks a mask into booleans in the shape of ``like``."""
     rows, width = geometry_of(like).matrix
     bits = mask[: rows * -(-width // 8)].reshape(rows, -1, 1)
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)

@@ -1,8 +1,8 @@
-"""Batch normalization on a CPU, compiled by Numba: memory is read and written once where it can be.
+"""Batch normalization on a CPU in compiled loops, in as few passes over memory as possible.
 
-The loops stand in `batchnorm.kernels.compiled`. This module lays out tensors, allocates results and
-tells the loops what to do. Statistics are merged in float64 from sums over short runs; no result
-depends on the number of threads.
+The loops are in `batchnorm.kernels.compiled`. This module lays out tensors, allocates results and
+fills in the record that the loops are called with. Statistics are merged in float64 from sums over
+short runs. No result depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -14,42 +14,48 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import parallel
-from batchnorm.kernels.compiled import library
-from batchnorm.kernels.compiled.library import Options
+from batchnorm.kernels.compiled.compiling import ELEMENTS
+from batchnorm.kernels.compiled.plans import Options, plan, shares_channels
 from batchnorm.kernels.compiled.task import Addresses
-from batchnorm.kernels.contract import Gate, Gradients, Running
+from batchnorm.kernels.contract import Gradients, ReluGate, Running
 from batchnorm.kernels.geometry import geometry_of, is_channels_last, mask_size
 from batchnorm.moments import Moments
 
-# What running statistics may be to be moved by the kernels.
+# Dtypes of running statistics that the kernels can update.
 _BUFFERS = (torch.float32, torch.float64)
-# Up to so many channels, a vector of each size is kept to make others like it.
-_USUAL = 4096
-# Named, because torch.set_default_device may have set another one.
+# Channels up to which `_template` caches one vector of each size: ``empty_like`` of it takes half
+# the time of ``empty``.
+_MAX_TEMPLATE = 4096
+# Given explicitly, because torch.set_default_device may have set another device.
 _CPU = torch.device("cpu")
 _ALL_FORWARD = ("collect", "merge", "prepare", "apply")
 _ALL_BACKWARD = ("prepare", "collect", "merge", "apply")
 _FLAGS = (False, True)
-_FORWARD = {key: Options(relu=key[0], single=key[1]) for key in product(_FLAGS, repeat=2)}
+# Made once: a named tuple costs as much as a small tensor.
+_FORWARD = {
+    (relu, single): Options(relu=relu, statistics_in_float32=single)
+    for relu, single in product(_FLAGS, repeat=2)
+}
 _BACKWARD = {
-    key: Options(relu=key[0], fixed=key[1], narrow=key[2]) for key in product(_FLAGS, repeat=3)
+    (relu, fixed, narrow): Options(relu=relu, fixed=fixed, sums_as_number=narrow)
+    for relu, fixed, narrow in product(_FLAGS, repeat=3)
 }
 
 
 def refusal(x: Tensor) -> str | None:
-    """Takes plain CPU tensors of the four usual floating dtypes."""
+    """Returns None for dense CPU tensors of the four usual floating dtypes, else the reason."""
     if not x.is_cpu:
         return f"it is on {x.device}, and these kernels are for the CPU"
-    if x.dtype not in library.ELEMENTS:
+    if x.dtype not in ELEMENTS:
         return f"its dtype is {x.dtype}"
     if x.layout != torch.strided:
         return f"its layout is {x.layout}"
     return None
 
 
-def explain(x: Tensor) -> str:
-    """How these kernels go through ``x``, which they take."""
-    geometry, team = geometry_of(x), library.team_for(x)
+def describe(x: Tensor) -> str:
+    """Describes how these kernels compute ``x``, which they take."""
+    geometry, team = geometry_of(x), parallel.team_for(x.nbytes)
     text = "The Numba kernels compute this input as " + (
         "columns of a matrix, " if geometry.columns else "planes, "
     )
@@ -57,17 +63,18 @@ def explain(x: Tensor) -> str:
         text += "after copying it into contiguous memory, "
     if team == 1:
         return text + "on the calling thread."
-    by_channel = library.shares_channels(geometry, "forward", x.nbytes, team)
+    by_channel = shares_channels(geometry, "forward", x.nbytes, team)
     shares = "channels" if by_channel else "rows"
     return f"{text}whose {shares} are shared out to {team} threads of {parallel.backend()}."
 
 
 def moments(x: Tensor) -> Moments:
-    """Mean and biased variance of each channel, in float64."""
+    """Computes mean and biased variance of each channel, in float64."""
     x = _laid_out(x)
     mean, var = _new_statistics(x)
-    plan = library.plan("forward", ("collect", "merge"), x, Options())
-    plan.run(Addresses(x=x.data_ptr(), mean=mean.data_ptr(), var=var.data_ptr()), 0.0)
+    plan("forward", ("collect", "merge"), x, _FORWARD[False, False]).run(
+        Addresses(x=x.data_ptr(), mean=mean.data_ptr(), var=var.data_ptr()), 0.0
+    )
     return Moments(x.numel() // x.shape[1], mean, var)
 
 
@@ -82,7 +89,7 @@ def normalize(
     *,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One read and one write; mean and variance of float32 are read as they are."""
+    """Normalizes in one read and one write; it reads mean and variance of float32 as they are."""
     return _normalize(("prepare", "apply"), x, mean, var, eps, weight, bias, residual, relu=relu)
 
 
@@ -93,12 +100,12 @@ def grad_sums(
     var: Tensor,
     eps: float,
     weight: Tensor | None,
-    gate: Gate | None = None,
+    gate: ReluGate | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both sums in one pass."""
+    """Computes both sums in one pass."""
     sums, steps = _new_statistics(x), ("prepare", "collect", "merge")
-    options = Options(relu=gate is not None)
-    _backward(steps, grad_output, x, mean, var, eps, weight, gate, sums, options)
+    options = _BACKWARD[gate is not None, False, False]
+    _backward(steps, grad_output, x, mean, var, eps, weight, gate, options, sums=sums)
     return sums
 
 
@@ -109,17 +116,18 @@ def grad_input(
     var: Tensor,
     eps: float,
     weight: Tensor | None,
-    sum_grad: Tensor,
-    sum_grad_x_hat: Tensor,
-    gate: Gate | None = None,
+    mean_grad: Tensor,
+    mean_grad_x_hat: Tensor,
+    gate: ReluGate | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Two reads and one write."""
-    sums = sum_grad, sum_grad_x_hat
-    # Where a mask has to be unpacked, that is done together with the sums.
+    """Computes the gradient in two reads and one write."""
     masked = gate is not None and gate.mask is not None
-    steps = ("prepare", "collect", "merge", "apply") if masked else ("prepare", "merge", "apply")
-    options = Options(relu=gate is not None, given=True)
-    return _backward(steps, grad_output, x, mean, var, eps, weight, gate, sums, options)
+    # The loops that collect sums also write the gradient that has passed the mask.
+    collect = ("collect",) if masked else ()
+    steps = ("prepare", *collect, "take_means", "apply")
+    options = _BACKWARD[gate is not None, False, False]
+    means = _as(torch.float64, mean_grad), _as(torch.float64, mean_grad_x_hat)
+    return _backward(steps, grad_output, x, mean, var, eps, weight, gate, options, means=means)
 
 
 def forward(
@@ -132,12 +140,12 @@ def forward(
     relu: bool = False,
     running: Running | None = None,
 ) -> tuple[Tensor, Moments, Tensor | None]:
-    """`moments`, then `normalize` by them, while the data is in the cache.
+    """Composes `moments` and `normalize`, while the data is in the cache.
 
-    Usual running statistics are moved: float32 or float64, the weight a number.
+    It updates running statistics of float32 or float64 if the weight is a number.
     """
     mean, var = _new_statistics(x)
-    if running is not None and not _is_usual(running, x, weight, bias):
+    if running is not None and not _can_update(running, x, weight, bias):
         running = None
     y, mask = _normalize(
         _ALL_FORWARD, x, mean, var, eps, weight, bias, residual, relu=relu, running=running
@@ -145,8 +153,8 @@ def forward(
     return y, Moments(x.numel() // x.shape[1], mean, var), mask
 
 
-def _is_usual(running: Running, *read: Tensor | None) -> bool:
-    """Whether the kernels can move these while they still read the others."""
+def _can_update(running: Running, *read: Tensor | None) -> bool:
+    """Returns whether the kernels can update the statistics while they read the other tensors."""
     mean, var, counter = running.mean, running.var, running.counter
     addresses = [_address(mean), _address(var), *map(_address, read)]
     return (
@@ -179,7 +187,7 @@ def _normalize(
     relu: bool,
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``y`` and perhaps a mask; mean and variance are filled first, if the steps say so."""
+    """Returns ``y`` and perhaps a mask; fills mean and variance first if the steps include that."""
     x, dtype = _laid_out(x), _number_dtype(x)
     y, mask = torch.empty_like(x), _new_mask(x, residual) if relu else None
     residual = None if residual is None else _laid_out_like(x, residual)
@@ -199,8 +207,7 @@ def _normalize(
         var=var.data_ptr(),
     )
     options = _FORWARD[relu, single]
-    plan = library.plan("forward", steps, x, options, optional=residual is not None)
-    plan.run(addresses, eps, running)
+    plan("forward", steps, x, options, optional=residual is not None).run(addresses, eps, running)
     return y, mask
 
 
@@ -211,17 +218,17 @@ def backward(
     var: Tensor,
     eps: float,
     weight: Tensor | None,
-    gate: Gate | None = None,
+    gate: ReluGate | None = None,
     *,
     fixed: bool = False,
 ) -> Gradients:
-    """`grad_sums`, then `grad_input` by them, while the data is in the cache."""
+    """Composes `grad_sums` and `grad_input`, while the data is in the cache."""
     sums = _new_sums(weight, x)
     options = _BACKWARD[gate is not None, fixed, sums[0].dtype != torch.float64]
-    grad_x, behind_relu = _backward(
-        _ALL_BACKWARD, grad_output, x, mean, var, eps, weight, gate, sums, options
+    grad_x, grad_residual = _backward(
+        _ALL_BACKWARD, grad_output, x, mean, var, eps, weight, gate, options, sums=sums
     )
-    return Gradients(grad_x, sums[1], sums[0], behind_relu)
+    return Gradients(grad_x, sums[1], sums[0], grad_residual)
 
 
 def _backward(
@@ -232,11 +239,13 @@ def _backward(
     var: Tensor,
     eps: float,
     weight: Tensor | None,
-    gate: Gate | None,
-    sums: tuple[Tensor, Tensor],
+    gate: ReluGate | None,
     options: Options,
+    *,
+    sums: tuple[Tensor, Tensor] | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``x`` and ``residual``; ``sums`` are filled, or read if they are given."""
+    """Returns the gradients of ``x`` and ``residual``; fills ``sums``, or reads ``means``."""
     x, dtype = _laid_out(x), _number_dtype(x)
     bias, mask = (None, None) if gate is None else gate
     mask = None if mask is None else _as(torch.uint8, mask)
@@ -245,23 +254,26 @@ def _backward(
     grad_output = _laid_out_like(x, grad_output)
     mean, var = _as(torch.float64, mean), _as(torch.float64, var)
     grad_x = torch.empty_like(x)
-    behind_relu = None if mask is None else torch.empty_like(x)
+    grad_before_relu = None if mask is None else torch.empty_like(x)
+    sum_grad, sum_grad_x_hat = (None, None) if sums is None else sums
+    mean_grad, mean_grad_x_hat = (None, None) if means is None else means
     addresses = Addresses(
         x=x.data_ptr(),
         mask=_address(mask),
         grad=grad_output.data_ptr(),
         grad_x=grad_x.data_ptr(),
-        behind_relu=_address(behind_relu),
+        grad_before_relu=_address(grad_before_relu),
         weight=_address(weight),
         bias=_address(bias),
         mean=mean.data_ptr(),
         var=var.data_ptr(),
-        sum_grad=sums[0].data_ptr(),
-        sum_grad_x_hat=sums[1].data_ptr(),
+        sum_grad=_address(sum_grad),
+        sum_grad_x_hat=_address(sum_grad_x_hat),
+        mean_grad=_address(mean_grad),
+        mean_grad_x_hat=_address(mean_grad_x_hat),
     )
-    plan = library.plan("backward", steps, x, options, optional=mask is not None)
-    plan.run(addresses, eps)
-    return grad_x, behind_relu
+    plan("backward", steps, x, options, optional=mask is not None).run(addresses, eps)
+    return grad_x, grad_before_relu
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -280,13 +292,13 @@ def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
 
 def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
-    like = _usual_statistics(channels) if channels <= _USUAL else _new_statistic(channels)
+    like = _template(channels) if channels <= _MAX_TEMPLATE else _new_statistic(channels)
     return torch.empty_like(like), torch.empty_like(like)
 
 
 @lru_cache(256)
-def _usual_statistics(channels: int) -> Tensor:
-    """To make others like it, in half the time."""
+def _template(channels: int) -> Tensor:
+    """Returns a vector for ``empty_like``."""
     with torch.inference_mode(False):
         return _new_statistic(channels)
 
@@ -296,7 +308,7 @@ def _new_statistic(channels: int) -> Tensor:
 
 
 def _new_sums(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """For the gradients of weight and bias, rounded at once if the weight is of float32."""
+    """Allocates the gradients of weight and bias, in float32 if the weight is float32."""
     if weight is None or weight.dtype != torch.float32 or x.dtype == torch.float64:
         return _new_statistics(x)
     return torch.empty_like(weight), torch.empty_like(weight)
@@ -314,12 +326,12 @@ def _new_mask(x: Tensor, residual: Tensor | None) -> Tensor | None:
 
 
 def _number_dtype(x: Tensor) -> torch.dtype:
-    """In which numbers elements of ``x`` are computed."""
+    """Returns the dtype of the arithmetic on elements of ``x``."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _as(dtype: torch.dtype, vector: Tensor) -> Tensor:
-    """What a kernel can read, also if a hook on saved tensors has given back something else."""
+    """Makes a vector that a kernel can read; a hook on saved tensors may return any other."""
     if vector.dtype == dtype and vector.is_contiguous():
         return vector
     return vector.to(dtype).contiguous()

@@ -1,10 +1,10 @@
-"""One serial kernel on a team of threads: torch's own, where it can be had.
+"""Runs a serial kernel on a team of threads: torch's own team, where torch uses GNU OpenMP.
 
-A second OpenMP runtime, or a second pool of any kind, would keep its idle threads spinning against
-torch's: on few cores that costs more than the team gains. So the kernel runs on the very team that
-torch computes on, through the ``GOMP_parallel`` that torch itself calls. Where torch has no GNU
-OpenMP (macOS, Windows, builds on other runtimes) a small pool of Python threads does it. After a
-fork neither has threads left, and the calling thread does everything.
+The idle threads of a second OpenMP runtime, or of a second pool of any kind, would spin against
+torch's: on few cores that costs more than the team gains. So the kernel runs on the same team as
+torch's own operations, through the ``GOMP_parallel`` that torch itself calls. Where torch has no
+GNU OpenMP (macOS, Windows, builds on other runtimes), a small pool of Python threads takes its
+place. After a fork neither has threads left, and the calling thread does everything.
 
 A kernel is the address of a compiled ``void kernel(void *task, size_t thread, size_t team)``, which
 needs no GIL and computes share ``thread`` of ``team``. Shares must not wait for one another: the
@@ -22,63 +22,74 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 import torch
 
-# Less data than this is computed sooner than a team is woken.
+from batchnorm import torch_internals
+from batchnorm.kernels import machine
+
+# Bytes of data. A single thread computes less than this sooner than a team wakes up.
 SERIAL_BELOW = 256 * 1024
 
-# ``%body`` is what GOMP_parallel calls on each thread. The team may be smaller than the one asked
-# for, so the kernel is told what OpenMP says. ``%call`` points to an array of five addresses: the
-# kernel, its task, omp_get_thread_num, omp_get_num_threads and GOMP_parallel. ``%conduct`` lets the
-# team do one stage after the other.
-_BODY = """
-define void @body(ptr %call) {
-  %at_task = getelementptr ptr, ptr %call, i64 1
-  %at_number = getelementptr ptr, ptr %call, i64 2
-  %at_size = getelementptr ptr, ptr %call, i64 3
+# In C, with the addresses of three functions of the OpenMP runtime:
+#
+#     struct call { void (*kernel)(int64_t *task, size_t thread, size_t team); int64_t *task; };
+#
+#     void share(struct call *call) {
+#         call->kernel(call->task, omp_get_thread_num(), omp_get_num_threads());
+#     }
+#
+#     void run(struct call *call, unsigned team, size_t stages) {
+#         size_t stage = 0;
+#         do {
+#             *call->task = stage;
+#             GOMP_parallel(share, call, team, 0);
+#         } while (++stage < stages);
+#     }
+#
+# GOMP_parallel calls ``share(call)`` on each thread of a team and returns when all have ended. The
+# team may be smaller than the one asked for, so the kernel is told what OpenMP says.
+_TEAM = """
+define void @share(ptr %call) {{
   %kernel = load ptr, ptr %call
-  %task = load ptr, ptr %at_task
-  %number_of = load ptr, ptr %at_number
-  %size_of = load ptr, ptr %at_size
-  %number = call i32 %number_of()
-  %size = call i32 %size_of()
-  %thread = zext i32 %number to i64
-  %team = zext i32 %size to i64
-  call void %kernel(ptr %task, i64 %thread, i64 %team)
+  %second = getelementptr ptr, ptr %call, i64 1
+  %task = load ptr, ptr %second
+  %thread = call i32 inttoptr (i64 {omp_get_thread_num} to ptr)()
+  %team = call i32 inttoptr (i64 {omp_get_num_threads} to ptr)()
+  %thread64 = zext i32 %thread to i64
+  %team64 = zext i32 %team to i64
+  call void %kernel(ptr %task, i64 %thread64, i64 %team64)
   ret void
-}
+}}
 
-define void @conduct(ptr %call, i32 %team, i64 %stages) {
+define void @run(ptr %call, i32 %team, i64 %stages) {{
 start:
-  %at_task = getelementptr ptr, ptr %call, i64 1
-  %at_parallel = getelementptr ptr, ptr %call, i64 4
-  %task = load ptr, ptr %at_task
-  %parallel = load ptr, ptr %at_parallel
+  %second = getelementptr ptr, ptr %call, i64 1
+  %task = load ptr, ptr %second
   br label %next
 next:
   %stage = phi i64 [ 0, %start ], [ %following, %next ]
   store i64 %stage, ptr %task
-  call void %parallel(ptr @body, ptr %call, i32 %team, i32 0)
+  call void inttoptr (i64 {GOMP_parallel} to ptr)(ptr @share, ptr %call, i32 %team, i32 0)
   %following = add i64 %stage, 1
   %more = icmp ult i64 %following, %stages
   br i1 %more, label %next, label %end
 end:
   ret void
-}
+}}
 """
+_OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
 
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-_Call = ctypes.c_void_p * 5
-_Conduct = ctypes.CFUNCTYPE(None, _Call, ctypes.c_uint, ctypes.c_size_t)
+_Call = ctypes.c_void_p * 2
+_Run = ctypes.CFUNCTYPE(None, _Call, ctypes.c_uint, ctypes.c_size_t)
 _Stage = ctypes.c_int64
 
 
 def team_for(size_in_bytes: int) -> int:
-    """How many threads are worth waking: 1 below `SERIAL_BELOW`, else ``torch.get_num_threads()``.
+    """Returns how many threads to use: 1 below `SERIAL_BELOW`, else ``torch.get_num_threads()``.
 
     Args:
-        size_in_bytes: All the memory that the kernel reads and writes.
+        size_in_bytes: Size of the tensor that the kernel reads.
     """
     return 1 if size_in_bytes < SERIAL_BELOW else torch.get_num_threads()
 
@@ -86,13 +97,13 @@ def team_for(size_in_bytes: int) -> int:
 def run(kernel: int, task: int, team: int, stages: int = 1) -> None:
     """Computes all shares of a task, each exactly once, and returns when all are done.
 
-    The GIL is released meanwhile. Any Python thread may call this at any time.
+    It releases the GIL while the shares are computed. Any Python thread may call it at any time.
 
     Args:
         kernel: Address of the compiled function; see the module's docstring.
-        task: Address handed to it. What lies there must live until this returns. The first eight
-            bytes are the number of the stage.
-        team: How many threads to ask for. The kernel is told how many there are.
+        task: Address that the kernel receives. The memory there must live until this returns. The
+            first eight bytes are the number of the stage.
+        team: Number of threads to ask for. The kernel receives the number that there are.
         stages: How often all shares are computed; a stage begins when the one before has ended.
     """
     if team <= 1 or _forked:
@@ -104,7 +115,7 @@ def run(kernel: int, task: int, team: int, stages: int = 1) -> None:
 
 
 def backend() -> str:
-    """Who computes the shares of a team in this process, in words fit for a message."""
+    """Names whoever computes the shares of a team in this process, for a message."""
     return "the calling thread alone (forked process)" if _forked else _found().name
 
 
@@ -114,17 +125,17 @@ class _TorchTeam:
     name = "torch's OpenMP team"
 
     def __init__(self, runtime: ctypes.CDLL) -> None:
-        functions = "omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"
-        self._functions = [_address(getattr(runtime, name)) for name in functions]
-        self._code = _compiled(_BODY)
-        self._conduct = _Conduct(self._code.get_function_address("conduct"))
+        functions = {name: machine.address_of(getattr(runtime, name)) for name in _OPENMP}
+        self._engine = machine.engine(_TEAM.format(**functions))
+        self._engine.finalize_object()
+        self._run = _Run(self._engine.get_function_address("run"))
 
     def run(self, kernel: int, task: int, team: int, stages: int) -> None:
-        self._conduct(_Call(kernel, task, *self._functions), team, stages)
+        self._run(_Call(kernel, task), team, stages)
 
 
 class _ThreadPool:
-    """Python threads, which take shares off the calling thread's hands if they come in time."""
+    """Python threads, which take shares from the calling thread if they start in time."""
 
     name = "a pool of threads (torch runs on no GNU OpenMP)"
 
@@ -154,7 +165,7 @@ class _ThreadPool:
                 if future.cancel():
                     compute(task, share, team)
         finally:
-            # Nobody may touch the task once we have left, not even after Ctrl-C.
+            # No thread may touch the task after this returns, not even after Ctrl-C.
             for future in shares.values():
                 if not future.cancel():
                     future.result()
@@ -176,7 +187,7 @@ def _found() -> _TorchTeam | _ThreadPool:
 
 
 def _enter_child() -> None:
-    """The threads stayed in the parent; their handles stay untouched: a lock may be held."""
+    """Marks a forked child: it has no threads, and locks in their handles may be taken."""
     global _forked
     _forked = True
 
@@ -186,25 +197,20 @@ if sys.platform != "win32":
 
 
 def _torch_openmp() -> ctypes.CDLL | None:
-    """Where torch's own calls to GNU OpenMP end up, or None if it makes none."""
+    """Returns the library in which torch's calls to GNU OpenMP end, or None if it makes none."""
     if sys.platform != "linux" or not torch.backends.openmp.is_available():
         return None
     # The linker's order: what the whole process shares, then what torch was linked with.
-    for path in (None, torch._C.__file__):
+    for path in (None, torch_internals.LIBRARY_FILE):
         library = ctypes.CDLL(path)
         if hasattr(library, "GOMP_parallel"):
-            name = _file_at(_address(library.GOMP_parallel)).name
+            name = _file_at(machine.address_of(library.GOMP_parallel)).name
             return library if name.startswith("libgomp") else None
     return None
 
 
-def _address(function: Any) -> int:
-    """Where the code of a C function lies."""
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
 def _file_at(address: int) -> Path:
-    """The file mapped at an address, symbolic links resolved; ``Path()`` where there is none."""
+    """Returns the file mapped at an address, links resolved; ``Path()`` where there is none."""
     with contextlib.suppress(OSError), open("/proc/self/maps", errors="surrogateescape") as maps:
         for line in maps:
             span, *rest = line.split(maxsplit=5)
@@ -212,12 +218,3 @@ def _file_at(address: int) -> Path:
             if first <= address < end:
                 return Path(rest[4].strip() if len(rest) == 5 else "")
     return Path()
-
-
-def _compiled(code: str) -> llvm.ExecutionEngine:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(code), machine)
-    engine.finalize_object()
-    return engine

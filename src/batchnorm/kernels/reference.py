@@ -1,8 +1,8 @@
-"""Batch normalization in eager torch: the oracle that every other kernel is held against.
+"""Batch normalization in eager torch: the oracle that tests compare every other backend with.
 
-Any device, any rank of at least two, any floating dtype, differentiable to any order. It computes
-in float64 (float32 on devices without it) and rounds once, at the end. It is written to be read and
-to be right, not to be fast. The formulas are derived in ``docs/derivation.md``.
+It takes any device, any rank of at least two and any floating dtype, and is differentiable to any
+order. It computes in float64 (float32 on devices without it) and rounds once, at the end. It is
+written to be read and to be right, not to be fast. ``docs/derivation.md`` derives the formulas.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.kernels import geometry
-from batchnorm.kernels.contract import Gate, Gradients, Running, statistics_dtype
+from batchnorm.kernels.contract import Gradients, ReluGate, Running, statistics_dtype
 from batchnorm.moments import Moments
 
-# torch adds up fewer values than this on one thread.
+# torch adds up to this many values on one thread; it splits a longer sum over its threads.
 BLOCK = 16384
 
 
 def refusal(x: Tensor) -> str | None:
-    """Nothing is refused."""
+    """Returns None: the reference takes every input."""
     return None
 
 
 def moments(x: Float[Tensor, "n c *spatial"]) -> Moments:
-    r"""Mean and biased variance of each channel, in two passes.
+    r"""Computes mean and biased variance of each channel, in two passes.
 
     :math:`\mu = \frac1n \sum x`, then with :math:`d = x - \mu`:
-    :math:`\sigma^2 = \frac1n \left(\sum d^2 - \frac1n (\sum d)^2\right)`. The second term is what
-    the rounding of :math:`\mu` left over. The values are added up in one order, whatever the memory
-    layout and the number of threads.
+    :math:`\sigma^2 = \frac1n \left(\sum d^2 - \frac1n (\sum d)^2\right)`. The second term corrects
+    the rounding of :math:`\mu`. The order of the additions does not depend on the memory layout or
+    the number of threads.
 
     Returns:
         Moments in float64 (float32 on a device without it).
@@ -60,7 +60,7 @@ def normalize(
     *,
     relu: bool = False,
 ) -> tuple[Float[Tensor, "n c *spatial"], UInt8[Tensor, " bytes"] | None]:
-    """`formula`, and with a residual and a ReLU the mask."""
+    """Computes `formula`, and with a residual and a ReLU also the mask."""
     mean, var = mean.to(statistics_dtype(x)), var.to(statistics_dtype(x))
     y = formula(x, mean, var, eps, weight, bias, residual, relu=relu)
     return y, geometry.pack(_passes(y), x) if relu and residual is not None else None
@@ -77,9 +77,9 @@ def formula(
     *,
     relu: bool = False,
 ) -> Float[Tensor, "n c *spatial"]:
-    r""":math:`y = (x - \mu) / \sqrt{\sigma^2 + \epsilon}\,\gamma + \beta + r`, then ReLU.
+    r"""Computes :math:`y = (x - \mu) / \sqrt{\sigma^2 + \epsilon}\,\gamma + \beta + r`, then ReLU.
 
-    In x's dtype. For those who differentiate it as it stands, and need no mask.
+    The result has x's dtype. It is differentiable, so it needs no mask.
     """
     y = _x_hat(x, mean, var, eps)
     if weight is not None:
@@ -98,10 +98,10 @@ def grad_sums(
     var: Float[Tensor, " c"],
     eps: float,
     weight: Float[Tensor, " c"] | None,
-    gate: Gate | None = None,
+    gate: ReluGate | None = None,
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    r""":math:`\sum g` and :math:`\sum g\,\hat x` of each channel, summed in float64."""
-    grad = _behind_relu(grad_output, x, mean, var, eps, weight, gate)
+    r"""Computes :math:`\sum g` and :math:`\sum g\,\hat x` of each channel, in float64."""
+    grad = _grad_before_relu(grad_output, x, mean, var, eps, weight, gate)
     return _grad_sums(grad, _x_hat(x, mean, var, eps))
 
 
@@ -112,21 +112,22 @@ def grad_input(
     var: Float[Tensor, " c"],
     eps: float,
     weight: Float[Tensor, " c"] | None,
-    sum_grad: Float[Tensor, " c"],
-    sum_grad_x_hat: Float[Tensor, " c"],
-    gate: Gate | None = None,
+    mean_grad: Float[Tensor, " c"],
+    mean_grad_x_hat: Float[Tensor, " c"],
+    gate: ReluGate | None = None,
 ) -> tuple[Float[Tensor, "n c *spatial"], Float[Tensor, "n c *spatial"] | None]:
-    r"""The chain rule through the batch's own mean and variance.
+    r"""Applies the chain rule through the mean and variance of the pool.
 
+    With the means :math:`\overline{g}` and :math:`\overline{g \hat x}` over the pool,
     :math:`\frac{\partial L}{\partial x} = \gamma\,\sigma^{-1}
-    \left(g - \frac1n \sum g - \hat x\,\frac1n \sum g\,\hat x\right)`
+    \left(g - \overline{g} - \hat x\,\overline{g \hat x}\right)`.
 
     Returns:
         The gradient of ``x``, and with a mask the gradient of ``residual`` (else None).
     """
-    grad = _behind_relu(grad_output, x, mean, var, eps, weight, gate)
-    sums = sum_grad, sum_grad_x_hat
-    grad_x = _grad_input(grad, x, _x_hat(x, mean, var, eps), _scale(var, eps, weight), sums)
+    grad = _grad_before_relu(grad_output, x, mean, var, eps, weight, gate)
+    x_hat, scale = _x_hat(x, mean, var, eps), _scale(var, eps, weight)
+    grad_x = _grad_input(grad, x, x_hat, scale, mean_grad, mean_grad_x_hat)
     return grad_x, None if gate is None or gate.mask is None else grad
 
 
@@ -140,7 +141,7 @@ def forward(
     relu: bool = False,
     running: Running | None = None,
 ) -> tuple[Float[Tensor, "n c *spatial"], Moments, UInt8[Tensor, " bytes"] | None]:
-    """`moments`, then `normalize` by them."""
+    """Composes `moments` and `normalize`; it leaves ``running`` to the caller."""
     batch = moments(x)
     y, mask = normalize(x, batch.mean, batch.var, eps, weight, bias, residual, relu=relu)
     return y, batch, mask
@@ -153,18 +154,19 @@ def backward(
     var: Float[Tensor, " c"],
     eps: float,
     weight: Float[Tensor, " c"] | None,
-    gate: Gate | None = None,
+    gate: ReluGate | None = None,
     *,
     fixed: bool = False,
 ) -> Gradients:
-    """`grad_sums`, then `grad_input` by them; or, if mean and variance are fixed, the scale."""
-    grad = _behind_relu(grad_output, x, mean, var, eps, weight, gate)
+    """Composes `grad_sums` and `grad_input`; if ``fixed``, the gradient of x is only scaled."""
+    grad = _grad_before_relu(grad_output, x, mean, var, eps, weight, gate)
     x_hat, scale = _x_hat(x, mean, var, eps), _scale(var, eps, weight)
     sum_grad, sum_grad_x_hat = _grad_sums(grad, x_hat)
     if fixed:
         grad_x = (grad * _along_channels(scale, x)).to(x.dtype)
     else:
-        grad_x = _grad_input(grad, x, x_hat, scale, (sum_grad, sum_grad_x_hat))
+        count = x.numel() // x.shape[1]
+        grad_x = _grad_input(grad, x, x_hat, scale, sum_grad / count, sum_grad_x_hat / count)
     masked = gate is not None and gate.mask is not None
     return Gradients(grad_x, sum_grad_x_hat, sum_grad, grad if masked else None)
 
@@ -180,18 +182,18 @@ def _scale(var: Tensor, eps: float, weight: Tensor | None) -> Tensor:
 
 
 def _passes(y: Tensor) -> Tensor:
-    """Where ReLU lets through: not where ``y <= 0``, so NaN passes. A constant to derivatives."""
+    """Marks the elements that ReLU passes, NaN among them. The marks are not differentiable."""
     return (y.detach() <= 0).logical_not()
 
 
-def _behind_relu(
+def _grad_before_relu(
     grad_output: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
     weight: Tensor | None,
-    gate: Gate | None,
+    gate: ReluGate | None,
 ) -> Tensor:
     if gate is None:
         return grad_output
@@ -209,12 +211,18 @@ def _grad_sums(grad: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grad_input(
-    grad: Tensor, x: Tensor, x_hat: Tensor, scale: Tensor, sums: tuple[Tensor, Tensor]
+    grad: Tensor,
+    x: Tensor,
+    x_hat: Tensor,
+    scale: Tensor,
+    mean_grad: Tensor,
+    mean_grad_x_hat: Tensor,
 ) -> Tensor:
-    count = x.numel() // x.shape[1]
-    mean_grad, mean_grad_x_hat = (_along_channels(total / count, x) for total in sums)
-    centred = grad.to(x_hat.dtype) - mean_grad - x_hat * mean_grad_x_hat
-    return (centred * _along_channels(scale, x)).to(x.dtype)
+    mean_grad, mean_grad_x_hat, scale = (
+        _along_channels(vector, x) for vector in (mean_grad, mean_grad_x_hat, scale)
+    )
+    centered = grad.to(x_hat.dtype) - mean_grad - x_hat * mean_grad_x_hat
+    return (centered * scale).to(x.dtype)
 
 
 def _along_channels(values: Tensor, x: Tensor) -> Tensor:
@@ -226,10 +234,10 @@ def _channel_sums(values: Tensor) -> Tensor:
 
 
 def _row_sums(rows: Float[Tensor, "c values"]) -> Float[Tensor, " c"]:
-    """Sums of rows, the same to the last bit for any number of threads.
+    """Sums rows, to the same bits for any number of threads.
 
-    torch splits a sum over its threads only where there is one result, that is one channel. That
-    one is added up in blocks, each on one thread.
+    torch splits a sum over its threads only where there is one result, that is one channel. So the
+    sum of a single channel is taken in blocks, each on one thread.
     """
     if rows.shape[0] != 1 or rows.shape[1] <= BLOCK:
         return rows.sum(1)

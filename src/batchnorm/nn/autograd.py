@@ -1,8 +1,8 @@
-"""The gradient around the operators, right to any order and in any direction.
+"""The gradient of batch normalization, right to any order and in any direction.
 
-The first gradient of a plain training step is the fast operator. Everything above it (gradients of
-gradients, tangents, ``torch.func``) goes through the reference formula in ordinary torch
-operations, in which the moments are computed from ``x`` again: no derivative ever passes through a
+The first gradient of an ordinary training step is a backend's ``backward``. Everything above it
+(gradients of gradients, tangents, ``torch.func``) goes through the reference's formula in ordinary
+torch operations, which computes the moments from ``x`` again: no derivative ever passes through a
 saved statistic. See ``docs/decisions/0002-higher-derivatives.md``.
 """
 
@@ -12,139 +12,93 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
+from batchnorm import torch_internals
 from batchnorm.kernels import dispatch, reference
-from batchnorm.kernels.contract import Gate, Running, statistics_dtype
+from batchnorm.kernels.contract import ReluGate, Running, statistics_dtype
+from batchnorm.kernels.dispatch import Call
 from batchnorm.kernels.geometry import is_channels_last
-from batchnorm.nn import operators
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+from batchnorm.nn import operators as operators  # Defines torch.ops.batchnorm.
+from batchnorm.nn.route import Route, choose
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    fixed_mean: Tensor | None,
-    fixed_var: Tensor | None,
-    eps: float,
-    relu: bool,
-    backend: str | None,
-    running: Running | None = None,
-    *,
-    plain: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`batchnorm.nn.operators.forward`, differentiable in ``x, weight, bias, residual``.
+def by_backend(route: Route, call: Call, running: Running | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a call by a backend, differentiable in ``x``, ``weight``, ``bias``, ``residual``.
 
-    ``plain`` is what `is_plain` says of all the tensors. Only then may ``running`` be moved.
+    Args:
+        route: `Route.DIRECT` or `Route.OPERATOR`.
+        call: What to compute.
+        running: Running statistics that the backend may update; None on the operator's route.
+
+    Returns:
+        ``y``, and the mean and variance that made it.
     """
-    arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, backend)
-    if not plain and is_transformed():
-        dispatch.refuse(backend, "it is inside a transform (torch.func, vmap or forward mode)")
-        return by_formula(*arguments[:-1])
+    if route is Route.OPERATOR:
+        if torch.is_grad_enabled():
+            return BatchNorm.apply(None, *call)  # pyright: ignore[reportReturnType]
+        return torch.ops.batchnorm.forward(*call)[:3]
     if not torch.is_grad_enabled():
-        if plain and fixed_mean is not None and fixed_var is not None:
-            y = operators.inference(
-                x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, backend
-            )
-            return y, fixed_mean, fixed_var
-        if plain:
-            return operators.forward(*arguments, running)[:3]
-        return torch.ops.batchnorm.forward(*arguments)[:3]
-    if not plain:
-        return BatchNorm.apply(None, *arguments)  # pyright: ignore[reportReturnType]
-    if running is not None and _may_fail_to_save(x, weight, bias):
+        mean, var = call.fixed_mean, call.fixed_var
+        if mean is not None and var is not None:
+            return dispatch.inference(call, mean, var), mean, var
+        return dispatch.forward(call, running)[:3]
+    if running is not None and _may_fail_to_save(call.x, call.weight, call.bias):
         running = None
-    aside = _Aside(running, [])
-    y: Any = _apply(aside, *arguments)
-    return y, *aside.statistics  # pyright: ignore[reportReturnType]
+    direct = _DirectCall(running, [])
+    y: Any = _apply(direct, *call)
+    return y, *direct.statistics  # pyright: ignore[reportReturnType]
 
 
-def _may_fail_to_save(*tensors: Tensor | None) -> bool:
-    """Whether keeping tensors for a backward pass may raise; nothing may have moved by then.
-
-    Tensors of inference mode are refused, and a hook on saved tensors may do anything, as in
-    checkpointing that stops early. torch has no public way to ask for hooks.
-    """
-    if _top_hooks(True) is not None:
-        return True
-    return any(tensor is not None and tensor.is_inference() for tensor in tensors)
-
-
-def by_formula(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    fixed_mean: Tensor | None,
-    fixed_var: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in ordinary torch operations, which every transform can look into."""
-    if fixed_mean is None or fixed_var is None:
+def by_formula(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a call in ordinary torch operations, which every transform can look into."""
+    x, weight, bias, residual, mean, var, eps, relu, _ = call
+    if mean is None or var is None:
         batch = reference.moments(x)
         mean, var = batch.mean, batch.var
     else:
-        mean, var = (v.to(statistics_dtype(x), copy=True) for v in (fixed_mean, fixed_var))
+        mean, var = (v.to(statistics_dtype(x), copy=True) for v in (mean, var))
     y = reference.formula(x, mean, var, eps, weight, bias, residual, relu=relu)
     return y, mean.detach(), var.detach()
 
 
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or a forward-mode level is active.
+def _may_fail_to_save(*tensors: Tensor | None) -> bool:
+    """Whether saving tensors for a backward pass may raise; nothing may have moved by then.
 
-    Neither can look into an operator, and a ``torch.autograd.Function`` with a ``jvp`` gives wrong
-    second tangents without an error. torch has no public way to ask; `torch.autograd.Function`
-    itself asks the first question like this.
+    torch refuses to save tensors of inference mode, and a hook on saved tensors may do anything, as
+    in activation checkpointing that stops early.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch_internals.has_saved_tensor_hooks():
+        return True
+    return any(tensor is not None and tensor.is_inference() for tensor in tensors)
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether the operators' functions may be called without torch's dispatcher.
+class _DirectCall(NamedTuple):
+    """Side channel of a direct call, for what would cost as an argument or output of a `Function`.
 
-    It costs more than a small kernel, and only has something to do where torch traces or
-    transforms, where a mode looks on, where a subclass of `torch.Tensor` wants a say, where a
-    tensor only wraps others (as in ``torch.autograd.grad(..., is_grads_batched=True)``) or stands
-    for the negative of its memory, and away from the CPU.
+    Attributes:
+        running: Running statistics that the backend may update.
+        statistics: Empty; the forward pass puts the batch's mean and variance here.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or is_transformed()
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and not (
-            type(tensor) in _PLAIN
-            and tensor.is_cpu
-            and torch._C._has_storage(tensor)
-            and not tensor.is_neg()
-        ):
-            return False
-    return True
-
-
-class _Aside(NamedTuple):
-    """What a plain forward pass takes and gives beside tensors that torch looks at."""
 
     running: Running | None
     statistics: list[Tensor]
 
 
-class _Kept(NamedTuple):
-    """What backward needs beside tensors.
+class _Saved(NamedTuple):
+    """What the backward pass needs besides tensors.
 
-    ``options`` are eps, relu, whether statistics were fixed, and backend; ``channels_last`` is the
-    layout of ``x`` where it matters: with a ReLU.
+    Attributes:
+        direct: Whether the forward pass was on the direct route.
+        options: eps, relu, whether the statistics were fixed, and backend.
+        weight_dtype: Of the gradient of ``weight``; None if there is no weight.
+        bias_dtype: Of the gradient of ``bias``; None if there is no bias.
+        has_residual: Whether a residual was added.
+        masked: Whether a mask holds the decisions of the ReLU.
+        channels_last: The layout of ``x`` where it matters: with a ReLU.
     """
 
-    plain: bool
+    direct: bool
     options: tuple[float, bool, bool, str | None]
     weight_dtype: torch.dtype | None
     bias_dtype: torch.dtype | None
@@ -154,44 +108,32 @@ class _Kept(NamedTuple):
 
 
 class BatchNorm(Function):
-    """Reverse mode around the operators.
+    """Reverse mode around a backend.
 
-    In the style of one ``forward(ctx, ...)``: torch binds the arguments of the other style by
-    name, which costs more than a small kernel. That style is there for transforms, which never
-    come here.
+    It has ``forward(ctx, ...)`` and no ``setup_context``: for the latter torch binds the arguments
+    by name, which costs more than a small kernel. ``setup_context`` serves transforms, which take
+    the route of the formula.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        aside: _Aside | None,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        fixed_mean: Tensor | None,
-        fixed_var: Tensor | None,
-        eps: float,
-        relu: bool,
-        backend: str | None,
-    ) -> Any:
-        """Keeps what backward needs: of the large tensors ``x``, and of ``y`` at most a mask.
+    def forward(ctx: Any, direct: _DirectCall | None, *arguments: Any) -> Any:
+        """Saves what the backward pass needs: of the large tensors ``x``, of ``y`` at most a mask.
 
-        Of plain tensors, mean and variance go into a list: each output of a `Function` costs as
-        much as a small operation.
+        A direct call returns mean and variance in a list: each output of a `Function` costs as much
+        as a small operation.
         """
-        plain = aside is not None
-        arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, relu, backend)
-        if plain:
-            y, mean, var, mask = operators.forward(*arguments, aside.running)
+        call = Call(*arguments)
+        x, weight, bias, residual, fixed_mean, _, eps, relu, backend = call
+        if direct is not None:
+            y, mean, var, mask = dispatch.forward(call, direct.running)
         else:
-            y, mean, var, mask = torch.ops.batchnorm.forward(*arguments)
+            y, mean, var, mask = torch.ops.batchnorm.forward(*call)
         masked = relu and residual is not None
-        kept_bias = bias if relu and not masked else None
-        ctx.save_for_backward(x, weight, kept_bias, mean, var, mask if masked else None)
+        saved_bias = bias if relu and not masked else None
+        ctx.save_for_backward(x, weight, saved_bias, mean, var, mask if masked else None)
         ctx.set_materialize_grads(False)
-        ctx.kept = _Kept(
-            plain,
+        ctx.saved = _Saved(
+            direct is not None,
             (eps, relu, fixed_mean is not None, backend),
             None if weight is None else weight.dtype,
             None if bias is None else bias.dtype,
@@ -199,43 +141,32 @@ class BatchNorm(Function):
             masked,
             is_channels_last(x) if relu else None,
         )
-        if plain:
-            aside.statistics.extend((mean, var))
+        if direct is not None:
+            direct.statistics.extend((mean, var))
             return y
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """Gradients of ``x, weight, bias, residual``."""
+        """Gradients of ``x``, ``weight``, ``bias`` and ``residual``."""
         grad_output = grad_outputs[0]
         if grad_output is None:
             return (None,) * 10
-        kept: _Kept = ctx.kept
+        saved: _Saved = ctx.saved
         # Unpacked once: activation checkpointing allows no second time.
-        grad_x, grad_weight, grad_bias, behind_relu = _gradients(
-            kept, grad_output, *ctx.saved_tensors
+        grad_x, grad_weight, grad_bias, grad_before_relu = _gradients(
+            saved, grad_output, *ctx.saved_tensors
         )
         grad_residual = None
-        if kept.has_residual:
-            grad_residual = behind_relu if kept.masked else grad_output
-        return (
-            None,
-            grad_x,
-            _rounded(grad_weight, kept.weight_dtype),
-            _rounded(grad_bias, kept.bias_dtype),
-            grad_residual,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if saved.has_residual:
+            grad_residual = grad_before_relu if saved.masked else grad_output
+        grad_weight = _rounded(grad_weight, saved.weight_dtype)
+        grad_bias = _rounded(grad_bias, saved.bias_dtype)
+        return None, grad_x, grad_weight, grad_bias, grad_residual, None, None, None, None, None
 
 
-# What `torch.autograd.Function.apply` calls once it has looked for dead wrappers of transforms,
-# which plain tensors are not.
-_apply = super(Function, BatchNorm).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply = torch_internals.direct_apply(BatchNorm)
 
 
 def _rounded(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
@@ -245,7 +176,7 @@ def _rounded(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def _gradients(
-    kept: _Kept,
+    saved: _Saved,
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -254,28 +185,27 @@ def _gradients(
     var: Tensor,
     mask: Tensor | None,
 ) -> Any:
-    eps, relu, fixed, backend = kept.options
-    if kept.channels_last is not None:
-        x = _laid_out(x, channels_last=kept.channels_last)
-    if weight is not None and kept.bias_dtype not in (None, weight.dtype):
-        weight = weight.to(mean.dtype)  # Kernels round both gradients to the weight's dtype.
-    arguments = (weight, bias, mean, var, mask, eps, relu, fixed)
-    graded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not graded and kept.plain and is_plain(grad_output, x):
-        return operators.backward(grad_output, x, *arguments, backend)
-    if torch.compiler.is_compiling() or not (graded or is_transformed()):
-        return torch.ops.batchnorm.backward(grad_output, x, *arguments, backend)
-    if not fixed:
-        batch = reference.moments(x)
-        mean, var = batch.mean, batch.var
-    gate = Gate(bias, mask) if relu else None
-    return reference.backward(grad_output, x, mean, var, eps, weight, gate, fixed=fixed)
+    eps, relu, fixed, backend = saved.options
+    if saved.channels_last is not None:
+        x = _laid_out(x, channels_last=saved.channels_last)
+    if weight is not None and saved.bias_dtype not in (None, weight.dtype):
+        weight = weight.to(mean.dtype)  # Backends round both gradients to the weight's dtype.
+    route = choose(grad_output, x, differentiable=torch.is_grad_enabled())
+    if route is Route.FORMULA:
+        if not fixed:
+            batch = reference.moments(x)
+            mean, var = batch.mean, batch.var
+        gate = ReluGate(bias, mask) if relu else None
+        return reference.backward(grad_output, x, mean, var, eps, weight, gate, fixed=fixed)
+    by_python = saved.direct and route is Route.DIRECT
+    backward: Any = dispatch.backward if by_python else torch.ops.batchnorm.backward
+    return backward(grad_output, x, weight, bias, mean, var, mask, eps, relu, fixed, backend)
 
 
 def _laid_out(x: Tensor, *, channels_last: bool) -> Tensor:
-    """``x`` in the layout that it had, in which its mask was laid out and its signs were found.
+    """``x`` in the layout that it had in the forward pass, which made the mask.
 
-    A hook on saved tensors may give it back in another one.
+    A hook on saved tensors may return it in another one.
     """
     if is_channels_last(x) == channels_last:
         return x

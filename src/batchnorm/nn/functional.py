@@ -1,4 +1,4 @@
-"""The public function: validates once, normalizes, and sees that running statistics move once."""
+"""The public functions: each validates its arguments once and takes one route to the result."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm import torch_internals
 from batchnorm.kernels import dispatch, reference
 from batchnorm.kernels.contract import Running
-from batchnorm.moments import Moments, count_batch, empty, update_running
-from batchnorm.nn import autograd, operators, validation
+from batchnorm.kernels.dispatch import Call
+from batchnorm.moments import Moments, empty
+from batchnorm.nn import autograd, validation
+from batchnorm.nn.route import IN_TRANSFORM, Route, choose
+from batchnorm.nn.running_statistics import count_batch, update_running
 
 Activation = Literal["relu"] | None
 
@@ -31,12 +35,12 @@ def batch_norm(
     activation: Activation = None,
     backend: str | None = None,
 ) -> Float[Tensor, "n c *spatial"]:
-    r"""Batch normalization, a drop-in for ``torch.nn.functional.batch_norm``.
+    r"""Normalizes each channel; a drop-in for ``torch.nn.functional.batch_norm``.
 
-    :math:`y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}\,\gamma + \beta` a channel, and
-    ``relu(y + residual)`` if asked. In training, :math:`\mu` and :math:`\sigma^2` (biased) are the
-    batch's own, and the running statistics move towards them; in inference they are the running
-    statistics.
+    :math:`y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}\,\gamma + \beta`, then
+    ``+ residual`` and ReLU if asked. In training, :math:`\mu` and the biased :math:`\sigma^2` are
+    those of the batch, and the running statistics move towards them. In inference they are the
+    running statistics.
 
     Args:
         x: Input of shape (N, C, ...), any rank of at least two, any floating dtype and layout.
@@ -46,11 +50,12 @@ def batch_norm(
         bias: The shift β; None is zero.
         training: Normalize by the batch's own statistics.
         momentum: Weight of the *new* batch in the running statistics, usually in [0, 1]; d2l-zh's
-            0.9 is 0.1 here. A 0-d tensor is allowed (see `moments.weight_of_new_batch`).
+            0.9 is 0.1 here. A 0-d tensor is allowed (see `running_statistics.weight_of_new_batch`).
         eps: Added to the variance, in its unit; positive in training.
         residual: Added before the activation; same shape, dtype and device as ``x``.
         activation: None or ``"relu"``.
-        backend: Name of the kernels that must compute this (see `kernels.dispatch`); None chooses.
+        backend: ``"numba"`` or ``"reference"``: obeyed or refused, never replaced. None chooses;
+            `batchnorm.which_backend` tells the choice.
 
     Returns:
         ``y`` in x's shape, dtype and layout. Statistics are summed in float64 (float32 on a device
@@ -61,15 +66,22 @@ def batch_norm(
         NotImplementedError: ``x`` is not of a floating dtype.
         IndexError: ``x`` has no channel dimension.
         ValueError: One value a channel in training, ``eps`` not positive in training, only one
-            running statistic, an unknown activation or unknown kernels.
+            running statistic, an unknown activation or an unknown backend.
         RuntimeError: Shapes, dtypes or devices do not fit, running statistics are missing in
-            inference, or the kernels asked for cannot take ``x``.
+            inference, or the backend asked for cannot take ``x``.
 
     Source:
         Ioffe and Szegedy (2015), "Batch Normalization", algorithms 1 and 2; the behaviour at the
         edges is that of ``torch.nn.functional.batch_norm``.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> batchnorm.batch_norm(x, None, None, training=True, eps=1e-9)
+        tensor([[-1.],
+                [ 1.]])
     """
-    return compute(
+    return _batch_norm(
         x,
         running_mean,
         running_var,
@@ -85,7 +97,7 @@ def batch_norm(
     )
 
 
-def compute(
+def _batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -99,10 +111,10 @@ def compute(
     activation: Activation,
     backend: str | None = None,
 ) -> Tensor:
-    """`batch_norm`, for layers: one more batch is counted in ``counter``, if there is one.
+    """`batch_norm`, for layers: it also adds one to ``counter``, if there is one.
 
-    It has to be counted together with the statistics: a small operation of its own costs as much
-    as moving them.
+    Both happen in one place because a kernel can count while it updates the statistics; a separate
+    operation would cost as much as the update.
     """
     validation.check_input(x)
     validation.check_activation(activation)
@@ -114,100 +126,100 @@ def compute(
     if backend is not None:
         dispatch.choose(x, backend)
     if x.numel() == 0:
-        return _of_nothing(x, weight, bias, residual)
+        return _empty_output(x, weight, bias, residual)
     if training:
         validation.check_training(x, eps, momentum)
-    fixed_mean, fixed_var = (None, None) if training else (running_mean, running_var)
-    arguments = (x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu")
-    plain = autograd.is_plain(x, weight, bias, residual, running_mean, running_var, counter)
-    running = None
-    if training and running_mean is not None and running_var is not None:
-        running = Running(running_mean, running_var, counter, momentum)
-    if not plain and _prefers_plain_torch(backend, training=training):
-        y, mean, var = _in_plain_torch(*arguments)
+    running, fixed_mean, fixed_var = None, running_mean, running_var
+    if training:
+        fixed_mean = fixed_var = None
+        if running_mean is not None and running_var is not None:
+            running = Running(running_mean, running_var, counter, momentum)
+    call = Call(
+        x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu", backend
+    )
+    route = choose(
+        *(x, weight, bias, residual, running_mean, running_var, counter),
+        backend=backend,
+        training=training,
+    )
+    if route is Route.DIRECT:
+        y, mean, var = autograd.by_backend(route, call, running)
+    elif route is Route.OPERATOR:
+        y, mean, var = autograd.by_backend(route, call, None)
+    elif route is Route.FORMULA:
+        dispatch.require_reference(backend, IN_TRANSFORM)
+        y, mean, var = autograd.by_formula(call)
     else:
-        y, mean, var = autograd.forward(*arguments, backend, running, plain=plain)
+        y, mean, var = _by_aten(call)
     if running is not None:
         if not running.moved:
-            _move(running, Moments(x.numel() // x.shape[1], mean, var))
-        if plain and (running.overflown or not running.moved):
-            operators.warn_of_overflow(x, var)
+            _update(running, Moments(x.numel() // x.shape[1], mean, var))
+        if route is Route.DIRECT and (running.overflowed or not running.moved):
+            dispatch.warn_of_overflow(x, var)
     elif counter is not None:
         count_batch(counter)
     return y
 
 
 def moments(x: Float[Tensor, "n c *spatial"], backend: str | None = None) -> Moments:
-    """Count, mean and biased variance of each channel of ``x``, in float64.
+    """Computes count, mean and biased variance of each channel of ``x``, in float64.
 
     Args:
         x: Input of shape (N, C, ...).
-        backend: Name of the kernels that must compute this; None chooses.
+        backend: Name of the backend that must compute this; None chooses.
 
     Raises:
         TypeError: ``x`` is not a tensor.
         NotImplementedError: ``x`` is not of a floating dtype.
         IndexError: ``x`` has no channel dimension.
-        ValueError: There are no kernels of that name.
-        RuntimeError: They cannot take ``x``; only the reference has gradients.
+        ValueError: There is no backend of that name.
+        RuntimeError: It cannot take ``x``; only the reference has gradients.
+
+    Example:
+        >>> import torch
+        >>> from batchnorm.nn.functional import moments
+        >>> found = moments(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        >>> found.count, found.mean.tolist(), found.var.tolist()
+        (2, [2.0, 20.0], [1.0, 100.0])
     """
     validation.check_input(x)
     if x.numel() == 0:
         return empty(x.shape[1] if x.dim() > 1 else 0, x.device)
     chosen = dispatch.choose(x, backend)
-    differentiable = x.requires_grad and torch.is_grad_enabled()
-    if differentiable or autograd.is_transformed() or not autograd.is_plain(x):
-        dispatch.refuse(backend, "its moments are differentiated or traced")
-        return reference.moments(x)
-    return chosen.moments(x)
+    if choose(x, differentiable=x.requires_grad and torch.is_grad_enabled()) is Route.DIRECT:
+        return chosen.moments(x)
+    dispatch.require_reference(backend, "its moments are differentiated or traced")
+    return reference.moments(x)
 
 
-def _prefers_plain_torch(backend: str | None, *, training: bool) -> bool:
-    """Whether the graph being traced is better off without our operator.
-
-    An exported program then runs where this library is not installed, and a compiled one can fuse
-    inference with its neighbours.
-    """
-    if backend is not None or not torch.compiler.is_compiling():
-        return False
-    return torch.compiler.is_exporting() or not training
-
-
-def _in_plain_torch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    fixed_mean: Tensor | None,
-    fixed_var: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = (weight, bias, fixed_mean, fixed_var)
-    mixed = any(vector is not None and vector.dtype != x.dtype for vector in given)
-    if mixed or fixed_mean is None or fixed_var is None:
-        return autograd.by_formula(x, weight, bias, residual, fixed_mean, fixed_var, eps, relu)
-    y = F.batch_norm(x, fixed_mean, fixed_var, weight, bias, training=False, eps=eps)
+def _by_aten(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a call in operators of ATen: torch's own batch norm where dtypes allow it."""
+    x, weight, bias, residual, mean, var, eps, relu, _ = call
+    vectors = (weight, bias, mean, var)
+    mixed = any(vector is not None and vector.dtype != x.dtype for vector in vectors)
+    if mixed or mean is None or var is None:
+        return autograd.by_formula(call)
+    y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
     y = y if residual is None else y + residual
-    return y.relu() if relu else y, fixed_mean, fixed_var
+    return y.relu() if relu else y, mean, var
 
 
-def _of_nothing(
+def _empty_output(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """An empty result that still hangs on every input, so that each gets a gradient of zeros."""
+    """Output for an empty batch. It depends on every input, so each receives a zero gradient."""
     if x.dim() < 2:
         return x.clone()
     zeros = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
     return reference.formula(x, zeros, zeros, 1.0, weight, bias, residual)
 
 
-def _move(running: Running, batch: Moments) -> None:
-    """Moves the running statistics towards those of a batch, and counts it."""
+def _update(running: Running, batch: Moments) -> None:
+    """Updates running statistics with the moments of a batch, and counts the batch."""
     try:
         update_running(running.mean, running.var, batch, running.weight)
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("vmap", "Batching rule")):
+        if not torch_internals.is_write_under_vmap(error):
             raise
         raise RuntimeError(
             "batch_norm under vmap: the input is mapped over but running_mean and running_var, "

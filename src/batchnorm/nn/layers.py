@@ -1,8 +1,8 @@
 """``BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d``, and their lazy forms.
 
-They inherit torch's classes and override how the output is computed, nothing else: constructor,
-``state_dict``, repr, pickle and every ``isinstance`` check stay as they are. What they add is a
-fused activation and residual, and the accuracy of `batchnorm.nn.functional.batch_norm`.
+They inherit torch's classes and override only how the output is computed: constructor,
+``state_dict``, pickle and every ``isinstance`` check stay as they are. They add a fused activation
+and residual, and the accuracy of `batchnorm.nn.functional.batch_norm`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from batchnorm.moments import weight_of_new_batch
-from batchnorm.nn.functional import Activation, compute
+from batchnorm.nn.functional import Activation, _batch_norm
+from batchnorm.nn.running_statistics import weight_of_new_batch
 from batchnorm.nn.validation import check_activation
 
 
@@ -33,10 +33,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         input: Float[Tensor, "n c *spatial"],
         residual: Float[Tensor, "n c *spatial"] | None = None,
     ) -> Float[Tensor, "n c *spatial"]:
-        """Normalizes ``input``, adds ``residual``, applies the activation.
+        """Normalizes ``input``, adds ``residual`` and applies the activation.
 
-        In training the batch's own statistics normalize and the running ones move; in evaluation
-        the running ones normalize, or the batch's own if the layer keeps none.
+        In training the layer normalizes by the batch's own statistics and updates the running ones;
+        in evaluation it normalizes by the running ones, or by the batch's own if it has none.
 
         Raises:
             ValueError: The rank is wrong, or a training batch has one value a channel. Buffers and
@@ -48,7 +48,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         uses_buffers = tracks or not self.training
         running_mean = self.running_mean if uses_buffers else None
         running_var = self.running_var if uses_buffers else None
-        return compute(
+        return _batch_norm(
             input,
             running_mean,
             running_var,
@@ -91,6 +91,13 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     Raises:
         ValueError: The activation is unknown.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> layer = batchnorm.BatchNorm1d(2)
+        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).round(decimals=3)
+        tensor([[-1., -1.],
+                [ 1.,  1.]], grad_fn=<RoundBackward1>)
     """
 
     shapes: ClassVar[dict[int, str]] = {2: "(N, C)", 3: "(N, C, L)"}
@@ -107,6 +114,13 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
 
     Raises:
         ValueError: The activation is unknown.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> layer = batchnorm.BatchNorm2d(16, activation="relu")
+        >>> x, shortcut = torch.randn(2, 8, 16, 32, 32)
+        >>> layer(x, residual=shortcut).shape  # relu(batch_norm(x) + shortcut)
+        torch.Size([8, 16, 32, 32])
     """
 
     shapes: ClassVar[dict[int, str]] = {4: "(N, C, H, W)"}
@@ -123,6 +137,11 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 
     Raises:
         ValueError: The activation is unknown.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> batchnorm.BatchNorm3d(4)(torch.randn(2, 4, 3, 8, 8)).shape
+        torch.Size([2, 4, 3, 8, 8])
     """
 
     shapes: ClassVar[dict[int, str]] = {5: "(N, C, D, H, W)"}

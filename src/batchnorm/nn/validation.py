@@ -84,7 +84,7 @@ def check_training(x: Tensor, eps: float, momentum: float | Tensor | None) -> No
     if momentum is None:
         raise TypeError(
             "batch_norm expects momentum as a number or a 0-d tensor, got None; for the cumulative "
-            "average give moments.weight_of_new_batch(None, num_batches_tracked)."
+            "average pass 1 / (num_batches_tracked + 1)."
         )
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}.")

@@ -1,11 +1,11 @@
 """A matrix whose columns belong to channels: channels last, (N, C), and planes of a few elements.
 
-Rows are gone through in the order in which they lie in memory, because that is what the hardware
-prefetches: stripes of `LANES` columns, then of `FEW`. The last stripe begins further left where it
-would stand out on the right, so some columns may be done twice, with the same result. A matrix
-narrower than `FEW` is gone through column by column.
+Rows are read in the order in which they lie in memory, because the hardware prefetches that order:
+in stripes of `LANES` columns, then of `FEW`. The last stripe begins further left where it would
+cross the right edge, so some columns may be computed twice, with the same result. A matrix narrower
+than `FEW` is computed column by column.
 
-Slabs are applied in reverse by the kernels: the last rows are still cached.
+The kernels apply slabs in reverse: the last rows are still cached.
 """
 
 from __future__ import annotations
@@ -13,68 +13,77 @@ from __future__ import annotations
 from numba import njit
 
 from batchnorm.kernels.compiled import rows, stripes
-from batchnorm.kernels.compiled.elements import number_like
-from batchnorm.kernels.compiled.statistics import (
+from batchnorm.kernels.compiled.channel_sums import (
     COUNT,
     LINEAR,
-    PLAIN,
-    PRODUCT,
     SHIFT,
-    SQUARES,
+    SUM_GRAD,
+    SUM_GRAD_X_HAT,
+    ShiftedSums,
+    add_moments,
+    sums_of_column,
 )
+from batchnorm.kernels.compiled.elements import number_like
+from batchnorm.kernels.compiled.maps import BackwardOptions, ForwardOptions, Tensors
+from batchnorm.kernels.compiled.streaming import finish_streams, is_streamed
 from batchnorm.kernels.compiled.task import share
-from batchnorm.kernels.compiled.vectors import FEW, LANES, finish_streams, is_streamed, zeros
+from batchnorm.kernels.compiled.vectors import FEW, LANES, zero_vector_like
 
-# The most rows that are summed up in the precision of the elements.
-ROWS = 128
-# Rows that give a first idea of the means.
-FIRST = 8
-# Rows that are summed up at a time, to load and store sums less often.
-GROUP = 8
+# The most rows that are summed in the dtype of the arithmetic; beyond them float32 would lose
+# digits. docs/decisions/0007: sums
+FLOAT32_ROWS = 128
+# Rows that give a first guess of the means.
+PROBE_ROWS = 8
+# Rows that are summed at a time, to load and store sums less often. docs/decisions/0007: columns
+UNROLL = 8
 
 
 @njit
 def collect(x, partials, work, slab):
-    """Sums of one slab of rows."""
+    """Collects sums of one slab of rows."""
     if x.shape[1] < FEW:
         one = number_like(x, 0)
         _collect(x, partials, work, slab, (1, 1), (one, one))
     else:
-        _collect(x, partials, work, slab, (LANES, FEW), (zeros(x, LANES), zeros(x, FEW)))
+        vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
+        _collect(x, partials, work, slab, (LANES, FEW), vectors)
 
 
 @njit
 def _collect(x, partials, work, slab, lanes, vectors):
-    """Sums about a first idea of the means; about the means themselves if that lies far off."""
+    """Accumulates deviations from provisional means.
+
+    It repeats with the means of the rows if the two are more than a standard deviation apart.
+    """
     first, last = _rows_of(slab, len(partials), x)
     partial = partials[slab]
     partial[:] = 0
-    for start in range(first, last, ROWS):
-        stop = min(start + ROWS, last)
+    for start in range(first, last, FLOAT32_ROWS):
+        stop = min(start + FLOAT32_ROWS, last)
         if start == first:
-            few = min(start + FIRST, stop)
+            few = min(start + PROBE_ROWS, stop)
             work[0, :] = 0
             _deviate(x, start, few, work, lanes, vectors)
-            _move_centres(work, few - start)
+            _move_centers(work, few - start)
         else:
             share = 1 / partial[COUNT, 0]
             for k in range(x.shape[1]):
                 work[0, k] = partial[SHIFT, k] + partial[LINEAR, k] * share
         _deviate(x, start, stop, work, lanes, vectors)
         if _is_far_off(x, work, stop - start):
-            _move_centres(work, stop - start)
+            _move_centers(work, stop - start)
             _deviate(x, start, stop, work, lanes, vectors)
-        _merge(partial, work, stop - start)
+        _merge_rows(partial, work, stop - start)
 
 
 @njit
 def _deviate(x, start, stop, work, lanes, vectors):
-    """``work[1:] = `` sums of ``x - work[0]`` and of its square over some rows."""
+    """Sums ``x - work[0]`` and its square over some rows, in ``work[1]`` and ``work[2]``."""
     width = x.shape[1]
     wide = _columns_of_wide(width, lanes)
     work[1:, :] = 0
-    for row in range(start, stop, GROUP):
-        end = min(row + GROUP, stop)
+    for row in range(start, stop, UNROLL):
+        end = min(row + UNROLL, stop)
         for k in range(0, wide, lanes[0]):
             stripes.add_deviations(x, row, end, k, 0, work, vectors[0])
         for left in range(wide, width, lanes[1]):
@@ -83,15 +92,18 @@ def _deviate(x, start, stop, work, lanes, vectors):
 
 
 @njit
-def _move_centres(work, count):
-    """Moves the centres to the means of ``count`` rows whose sums are known."""
+def _move_centers(work, count):
+    """Moves the centers to the means of ``count`` rows whose sums are known."""
     for k in range(work.shape[1]):
         work[0, k] += work[1, k] / count
 
 
 @njit
 def _is_far_off(x, work, count):
-    """Whether a mean lies more than a standard deviation off its centre: squares would cancel."""
+    """Returns whether a mean is more than a standard deviation from its center.
+
+    The squares would cancel.
+    """
     is_far = False
     for k in range(x.shape[1]):
         linear, squares = float(work[1, k]), float(work[2, k])
@@ -100,23 +112,16 @@ def _is_far_off(x, work, count):
 
 
 @njit
-def _merge(partial, work, count):
-    """Merges the sums of ``count`` rows about their centres into those of the slab."""
-    share, begun = 1 / count, partial[COUNT, 0] > 0
+def _merge_rows(partial, work, count):
+    """Merges the sums of ``count`` rows about their centers into those of the slab."""
     for k in range(partial.shape[1]):
-        linear, squares = float(work[1, k]), float(work[2, k])
-        mean = float(work[0, k]) + linear * share
-        if not begun:
-            partial[SHIFT, k] = mean
-        delta = mean - partial[SHIFT, k]
-        partial[COUNT, k] += count
-        partial[LINEAR, k] += count * delta
-        partial[SQUARES, k] += squares - linear * linear * share + count * delta * delta
+        sums = ShiftedSums(float(count), float(work[0, k]), float(work[1, k]), float(work[2, k]))
+        add_moments(partial, k, sums)
 
 
 @njit
 def shares(task, width, thread, team):
-    """What a thread merges: its channels, and its columns.
+    """Returns the channels and the columns that a thread merges.
 
     One thread does all if a channel has several columns.
     """
@@ -131,96 +136,112 @@ def shares(task, width, thread, team):
 @njit
 def gather_moments(partials, first, last):
     """Merges the sums of all slabs into those of the first, for some columns."""
-    whole = partials[0]
     for slab in range(1, len(partials)):
-        partial = partials[slab]
         for k in range(first, last):
-            count, linear = partial[COUNT, k], partial[LINEAR, k]
-            delta = partial[SHIFT, k] - whole[SHIFT, k]
-            whole[COUNT, k] += count
-            whole[LINEAR, k] += linear + count * delta
-            whole[SQUARES, k] += partial[SQUARES, k] + delta * (2 * linear + count * delta)
+            add_moments(partials[0], k, sums_of_column(partials[slab], k))
 
 
 @njit
-def normalize(task, x, residual, y, mask, coefficients, slab, slabs):
-    """``y`` of one slab."""
-    first, last = _rows_of(slab, slabs, x)
-    arrays = first, last, x, residual, y
+def normalize(task, tensors, coefficients, slab):
+    """Writes ``y`` of one slab."""
+    x = tensors.x
+    first, last = _rows_of(slab, task.slabs, x)
     if x.shape[1] < FEW:
         one = number_like(x, 0)
-        _normalize(task, *arrays, None, coefficients, (1, 1), (one, one))
-        if mask is not None and task.mask:
-            for row in range(first, last):
-                rows.pack(y[row], mask[row])
+        _normalize(task, _without_mask(tensors), coefficients, first, last, (1, 1), (one, one))
+        if task.mask:
+            _store_passes(tensors.y, tensors.mask, first, last)
     else:
-        vectors = zeros(x, LANES), zeros(x, FEW)
-        _normalize(task, *arrays, mask, coefficients, (LANES, FEW), vectors)
+        vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
+        _normalize(task, tensors, coefficients, first, last, (LANES, FEW), vectors)
 
 
 @njit
-def _normalize(task, first, last, x, residual, y, mask, coefficients, lanes, vectors):
-    width = x.shape[1]
-    wide, streamed = _columns_of_wide(width, lanes), is_streamed(x, y, task.collected)
-    options = task.relu != 0, task.mask != 0, streamed
+def _store_passes(y, mask, first, last):
+    if mask is not None:
+        for row in range(first, last):
+            rows.store_passes(y[row], mask[row])
+
+
+@njit
+def _without_mask(tensors):
+    """Replaces the mask by None: single numbers store and read theirs row by row."""
+    return _with_grad(tensors, tensors.grad)
+
+
+@njit
+def _with_grad(tensors, grad):
+    """Replaces the gradient by one that has passed the mask, and the mask by None."""
+    return Tensors(
+        tensors.x, tensors.residual, tensors.y, None, grad, tensors.grad_x, tensors.grad_before_relu
+    )
+
+
+@njit
+def _normalize(task, tensors, coefficients, first, last, lanes, vectors):
+    width = tensors.x.shape[1]
+    wide = _columns_of_wide(width, lanes)
+    streamed = is_streamed(tensors.x, tensors.y, task.collected)
+    options = ForwardOptions(task.relu != 0, task.mask != 0, streamed)
     for r in range(first, last):
         for k in range(0, wide, lanes[0]):
-            stripes.normalize(x, residual, y, mask, coefficients, options, r, k, 0, vectors[0])
+            stripes.normalize(tensors, coefficients, options, r, k, 0, vectors[0])
         for left in range(wide, width, lanes[1]):
             k = min(left, width - lanes[1])
-            skip = left - k
-            stripes.normalize(x, residual, y, mask, coefficients, options, r, k, skip, vectors[1])
+            stripes.normalize(tensors, coefficients, options, r, k, left - k, vectors[1])
     if streamed:
         finish_streams()
 
 
 @njit
-def grad_sums(task, grad, x, mask, behind_relu, partials, work, coefficients, slab):
-    """Sums of the gradient behind the ReLU; a mask's gradient is written to ``behind_relu``."""
-    gated = task.relu != 0 and mask is None
-    sums = coefficients, partials, work, slab
+def grad_sums(task, tensors, partials, coefficients, work, slab):
+    """Sums the gradient before the ReLU; with a mask, writes it to ``grad_before_relu``."""
+    x = tensors.x
+    gated = task.relu != 0 and tensors.mask is None
     if x.shape[1] >= FEW:
-        lanes, vectors = (LANES, FEW), (zeros(x, LANES), zeros(x, FEW))
-        _grad_sums(task, gated, grad, x, mask, behind_relu, *sums, lanes, vectors)
+        vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
+        _grad_sums(task, gated, tensors, partials, coefficients, work, slab, (LANES, FEW), vectors)
         return
-    if mask is not None:
-        first, last = _rows_of(slab, len(partials), x)
-        for row in range(first, last):
-            rows.unpack(grad[row], mask[row], behind_relu[row])
-        grad = behind_relu
-    one = number_like(x, 0)
-    _grad_sums(task, gated, grad, x, None, behind_relu, *sums, (1, 1), (one, one))
+    first, last = _rows_of(slab, len(partials), x)
+    grad = _where_passed(tensors.grad, tensors.mask, tensors.grad_before_relu, first, last)
+    one, passed = number_like(x, 0), _with_grad(tensors, grad)
+    _grad_sums(task, gated, passed, partials, coefficients, work, slab, (1, 1), (one, one))
 
 
 @njit
-def _grad_sums(
-    task, gated, grad, x, mask, behind_relu, coefficients, partials, work, slab, lanes, vectors
-):
+def _where_passed(grad, mask, result, first, last):
+    """Writes the gradient that passes the mask to ``result``; without a mask, it is ``grad``."""
+    if mask is not None:
+        for row in range(first, last):
+            rows.where_passed(grad[row], mask[row], result[row])
+        return result
+    return grad
+
+
+@njit
+def _grad_sums(task, gated, tensors, partials, coefficients, work, slab, lanes, vectors):
+    x, partial = tensors.x, partials[slab]
     first, last = _rows_of(slab, len(partials), x)
-    width, partial = x.shape[1], partials[slab]
+    width = x.shape[1]
     wide = _columns_of_wide(width, lanes)
-    streamed = mask is not None and is_streamed(x, behind_relu, task.collected)
-    options = gated, streamed
+    streamed = tensors.mask is not None and is_streamed(x, tensors.grad_before_relu, task.collected)
+    options = BackwardOptions(gated, task.fixed != 0, streamed)
     partial[:] = 0
-    for start in range(first, last, ROWS):
-        stop = min(start + ROWS, last)
+    for start in range(first, last, FLOAT32_ROWS):
+        stop = min(start + FLOAT32_ROWS, last)
         work[:] = 0
-        for row in range(start, stop, GROUP):
-            end = min(row + GROUP, stop)
+        for row in range(start, stop, UNROLL):
+            end = min(row + UNROLL, stop)
             for k in range(0, wide, lanes[0]):
-                stripes.add_grads(
-                    grad, x, mask, behind_relu, coefficients, options,
-                    row, end, k, 0, work, vectors[0],
-                )  # fmt: skip
+                stripes.add_grads(tensors, coefficients, options, row, end, k, 0, work, vectors[0])
             for left in range(wide, width, lanes[1]):
                 k = min(left, width - lanes[1])
                 stripes.add_grads(
-                    grad, x, mask, behind_relu, coefficients, options,
-                    row, end, k, left - k, work, vectors[1],
-                )  # fmt: skip
+                    tensors, coefficients, options, row, end, k, left - k, work, vectors[1]
+                )
         for k in range(width):
-            partial[PLAIN, k] += work[0, k]
-            partial[PRODUCT, k] += work[1, k]
+            partial[SUM_GRAD, k] += work[0, k]
+            partial[SUM_GRAD_X_HAT, k] += work[1, k]
     if streamed:
         finish_streams()
 
@@ -230,33 +251,36 @@ def gather_grads(partials, first, last):
     """Adds the sums of all slabs to those of the first, for some columns."""
     for slab in range(1, len(partials)):
         for k in range(first, last):
-            partials[0, PLAIN, k] += partials[slab, PLAIN, k]
-            partials[0, PRODUCT, k] += partials[slab, PRODUCT, k]
+            partials[0, SUM_GRAD, k] += partials[slab, SUM_GRAD, k]
+            partials[0, SUM_GRAD_X_HAT, k] += partials[slab, SUM_GRAD_X_HAT, k]
 
 
 @njit
-def grad_input(task, grad, x, result, coefficients, slab, slabs):
-    """Gradient of the input. With a mask, ``grad`` lies behind the ReLU already."""
-    arrays = grad, x, result, coefficients, slab, slabs
+def grad_input(task, tensors, coefficients, slab):
+    """Writes ``grad_x`` of one slab. With a mask, `grad_sums` has written the gradient to use."""
+    x = tensors.x
+    passed = _with_grad(tensors, tensors.grad_before_relu if task.mask else tensors.grad)
     if x.shape[1] < FEW:
         one = number_like(x, 0)
-        _grad_input(task, *arrays, (1, 1), (one, one))
+        _grad_input(task, passed, coefficients, slab, (1, 1), (one, one))
     else:
-        _grad_input(task, *arrays, (LANES, FEW), (zeros(x, LANES), zeros(x, FEW)))
+        vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
+        _grad_input(task, passed, coefficients, slab, (LANES, FEW), vectors)
 
 
 @njit
-def _grad_input(task, grad, x, result, coefficients, slab, slabs, lanes, vectors):
-    first, last = _rows_of(slab, slabs, x)
-    width = x.shape[1]
-    wide, streamed = _columns_of_wide(width, lanes), is_streamed(x, result, task.collected)
-    options = task.fixed != 0, task.relu != 0 and task.mask == 0, streamed
+def _grad_input(task, tensors, coefficients, slab, lanes, vectors):
+    first, last = _rows_of(slab, task.slabs, tensors.x)
+    width = tensors.x.shape[1]
+    wide = _columns_of_wide(width, lanes)
+    streamed = is_streamed(tensors.x, tensors.grad_x, task.collected)
+    options = BackwardOptions(task.relu != 0 and task.mask == 0, task.fixed != 0, streamed)
     for r in range(first, last):
         for k in range(0, wide, lanes[0]):
-            stripes.grad_input(grad, x, result, coefficients, options, r, k, vectors[0])
+            stripes.grad_input(tensors, coefficients, options, r, k, vectors[0])
         for left in range(wide, width, lanes[1]):
             k = min(left, width - lanes[1])
-            stripes.grad_input(grad, x, result, coefficients, options, r, k, vectors[1])
+            stripes.grad_input(tensors, coefficients, options, r, k, vectors[1])
     if streamed:
         finish_streams()
 
@@ -268,5 +292,5 @@ def _rows_of(slab, slabs, x):
 
 @njit
 def _columns_of_wide(width, lanes):
-    """How many columns stripes of the wider kind cover."""
+    """Returns how many columns stripes of the wider kind cover."""
     return width - width % lanes[0]

@@ -1,9 +1,9 @@
-"""Single elements: how they are stored, and in what precision they are computed.
+"""Single elements: the dtype of their storage, and the dtype of the arithmetic on them.
 
-Numba and NumPy know no bfloat16, and Numba computes no float16 on a CPU. Their bits travel as
-integers: an array of ``uint16`` holds bfloat16, one of ``int16`` holds float16. `widen` makes the
-number out of them, `narrow` rounds it back, to the nearest and ties to even. The other floating
-types are computed as they are stored.
+Numba and NumPy know no bfloat16, and Numba computes no float16 on a CPU. So their bits are stored
+as integers: an array of ``uint16`` contains bfloat16, one of ``int16`` contains float16. `widen`
+converts an element to float32, `narrow` rounds it back, to the nearest and ties to even. float32
+and float64 are computed as they are stored.
 
 Each function has two bodies: the Python one runs when Numba's JIT is disabled, the overload is
 compiled.
@@ -16,7 +16,6 @@ import ctypes
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import (
     intrinsic,
     lower_builtin,
@@ -24,8 +23,10 @@ from numba.extending import (
     register_jitable,
     type_callable,
 )
-from numba.np.arrayobj import populate_array
 
+from batchnorm.kernels.compiled.numba_internals import array_of_memory
+
+# Bits of float32, except NAN: bits of bfloat16.
 NAN = np.uint32(0x7FC0)
 HALF = np.uint32(0x7FFF)
 INFINITY = np.uint32(0x7F800000)
@@ -67,7 +68,7 @@ def _half_of_float32(context, value):
 
 
 def array_at(address, shape, dtype):
-    """The array of ``shape`` and ``dtype`` that begins at ``address``."""
+    """Returns the array of ``shape`` and ``dtype`` that begins at ``address``."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = (ctypes.c_char * size).from_address(int(address))
     return np.frombuffer(memory, dtype).reshape(shape)
@@ -80,28 +81,18 @@ def _type_of_array(context):
 
 @lower_builtin(array_at, types.Integer, types.UniTuple, types.Any)
 def _make_array(context, builder, signature, args):
-    """A view of memory that nobody counts references to: such kernels may not."""
     address, shape, _ = args
-    array = context.make_array(signature.return_type)(context, builder)
-    shape = cgutils.unpack_tuple(builder, shape)
-    itemsize = context.get_abi_sizeof(context.get_data_type(signature.return_type.dtype))
-    itemsize = context.get_constant(types.intp, itemsize)
-    strides = [itemsize]
-    for extent in reversed(shape[1:]):
-        strides.insert(0, builder.mul(strides[0], extent))
-    data = builder.inttoptr(address, array.data.type)
-    populate_array(array, data, shape, strides, itemsize, None)
-    return array._getvalue()
+    return array_of_memory(context, builder, signature.return_type, address, shape)
 
 
 @njit
 def no_array(address, shape, dtype):
-    """None, in the place of `array_at`, where there is no such array."""
+    """Returns None. Takes the place of `array_at` in kernels that have no such array."""
     return None
 
 
 def widen(element):
-    """The number that a stored element stands for."""
+    """Converts a stored element to the number that it encodes."""
     if isinstance(element, np.uint16):
         return np.uint32(int(element) << 16).view(np.float32)
     if isinstance(element, np.int16):
@@ -119,7 +110,7 @@ def _widen(element):
 
 
 def narrow(value, like):
-    """``value`` as an element of the array ``like``, rounded to the nearest."""
+    """Rounds ``value`` to the nearest element of the array ``like``."""
     if like.dtype == np.uint16:
         return np.uint16(_round_to_bfloat16(int(np.float32(value).view(np.uint32))))
     if like.dtype == np.int16:
@@ -145,7 +136,7 @@ def _narrow(value, like):
 
 
 def number_like(array, value):
-    """``value``, in the precision in which the elements of ``array`` are computed."""
+    """Converts ``value`` to the dtype of the arithmetic on elements of ``array``."""
     return np.float64(value) if array.dtype == np.float64 else np.float32(value)
 
 

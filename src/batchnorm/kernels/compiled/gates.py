@@ -1,4 +1,4 @@
-"""Vectors of which some numbers are replaced by zero: ReLU, its mask, and columns done before.
+"""Vectors in which some numbers are replaced by zero: ReLU, its mask, and overlapping vectors.
 
 Like everything in `batchnorm.kernels.compiled.vectors`, these functions also take single numbers.
 """
@@ -10,23 +10,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from batchnorm.kernels.compiled.vectors import WORD, Vector, element_at, lanes_of
+from batchnorm.kernels.compiled.numba_internals import pointer_to_element
+from batchnorm.kernels.compiled.vectors import WORD, Vector, lanes_of
 
 
-def beyond(skip, value, zero):
-    """``value`` with its first ``skip`` numbers replaced by zero."""
+def zero_first(skip, value, zero):
+    """Replaces the first ``skip`` numbers of ``value`` by zero."""
     return np.where(np.arange(len(zero)) < skip, zero, value) if skip else value
 
 
-@overload(beyond)
-def _beyond(skip, value, zero):
+@overload(zero_first)
+def _zero_first(skip, value, zero):
     if isinstance(value, Vector):
-        return lambda skip, value, zero: _beyond_vector(np.int32(skip), value, zero)
+        return lambda skip, value, zero: _zero_first_of_vector(np.int32(skip), value, zero)
     return lambda skip, value, zero: value
 
 
 @intrinsic
-def _beyond_vector(context, skip, value, zero):
+def _zero_first_of_vector(context, skip, value, zero):
     def code(context, builder, signature, args):
         numbers = lanes_of(value, WORD)
         lane = builder.insert_element(ir.Constant(numbers, None), args[0], WORD(0))
@@ -38,9 +39,9 @@ def _beyond_vector(context, skip, value, zero):
 
 
 def store_passes(mask, row, column, skip, y, zero):
-    """Writes one bit a number: whether ReLU lets it through.
+    """Writes one bit a number: set where ReLU passes it.
 
-    The first ``skip`` numbers are left out; what follows them begins a byte.
+    It leaves out the first ``skip`` numbers. The number after them begins a byte.
     """
     passes = np.packbits(~(y <= zero)[skip:], bitorder="little")
     byte = (column + skip) // 8
@@ -76,7 +77,7 @@ def _passes(context, y, zero):
 @intrinsic
 def _store_bits(context, mask, row, byte, bits):
     def code(context, builder, signature, args):
-        place = element_at(context, builder, signature, args)
+        place = pointer_to_element(context, builder, signature, args)
         builder.store(args[3], builder.bitcast(place, args[3].type.as_pointer()), align=1)
         return context.get_dummy_value()
 
@@ -84,7 +85,7 @@ def _store_bits(context, mask, row, byte, bits):
 
 
 def where_passed(mask, row, column, value, zero):
-    """``value`` where `store_passes` has set the bit, else zero."""
+    """Returns ``value`` where `store_passes` has set the bit, else zero."""
     bits = np.unpackbits(mask[row], bitorder="little")[column : column + len(value)]
     return np.where(bits, value, zero)
 
@@ -112,7 +113,7 @@ def _where_passed(mask, row, column, value, zero):
 def _load_bits(context, mask, row, byte, value):
     def code(context, builder, signature, args):
         bits = ir.IntType(value.lanes)
-        place = element_at(context, builder, signature, args)
+        place = pointer_to_element(context, builder, signature, args)
         return builder.load(builder.bitcast(place, bits.as_pointer()), align=1)
 
     bits = types.Integer.from_bitwidth(value.lanes, signed=False)
@@ -129,7 +130,7 @@ def _where_bits(context, bits, value, zero):
 
 
 def where_positive(y, value, zero):
-    """``value`` where ``y`` is positive or NaN, else zero: ReLU, and its gradient."""
+    """Returns ``value`` where ``y`` is positive or NaN, else zero: ReLU, and its gradient."""
     return np.where(y <= zero, zero, value) if isinstance(y, np.ndarray) else _gated(y, value, zero)
 
 

@@ -1,54 +1,67 @@
-"""A row of one channel, from one vector to the next.
+"""A part of a row of one channel, vector by vector.
 
-The two sums of channel ``k`` are `FEW` numbers each, in rows ``2 * k`` and ``2 * k + 1`` of two
-arrays: ``recent``, in the precision of the elements, from which `keep` adds them to ``work``, in
-float64. A row is gone through by `LANES`, what is left by `FEW`. The last few begin further left
-where they would stand out on the right, so some elements may be done twice, with the same result. A
-row has at least `FEW` elements, but may be called for from anywhere in it.
+The two sums of channel ``k`` are `FEW` numbers each, in rows ``2 * k`` and ``2 * k + 1`` of the two
+arrays of `Sums`. A row is computed in steps of `LANES`, its rest in steps of `FEW`. The last step
+begins further left where it would cross the end, so some elements may be computed twice, with the
+same result. A row has at least `FEW` elements, but the part may begin anywhere in it.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from numba import njit
 
 from batchnorm.kernels.compiled import maps
+from batchnorm.kernels.compiled.coefficients import in_all_lanes
 from batchnorm.kernels.compiled.elements import number_like, widen
+from batchnorm.kernels.compiled.streaming import prefetch
 from batchnorm.kernels.compiled.vectors import (
     FEW,
     LANES,
-    doubled,
-    filled,
-    folded,
+    broadcast,
+    fold_to,
     load,
-    prefetch,
     store,
+    to_float64,
     total,
-    zeros,
+    zero_vector_like,
 )
+
+
+class Sums(NamedTuple):
+    """Sums of some channels.
+
+    Attributes:
+        work: In float64.
+        recent: In the dtype of the arithmetic; `flush` adds them to ``work``.
+    """
+
+    work: Any
+    recent: Any
 
 
 @njit
 def clear(sums, first, last):
     """Sets the sums of some channels to zero."""
-    work, recent = sums
-    work[2 * first : 2 * last, :] = 0
-    recent[2 * first : 2 * last, :] = 0
+    sums.work[2 * first : 2 * last, :] = 0
+    sums.recent[2 * first : 2 * last, :] = 0
 
 
 @njit
-def keep(sums, first, last):
-    """Adds the recent sums of some channels to their sums in float64, and clears them."""
-    work, recent = sums
-    few, whole = zeros(recent, FEW), zeros(work, FEW)
+def flush(sums, first, last):
+    """Adds the recent sums of some channels to those in float64, and clears them."""
+    work, recent = sums.work, sums.recent
+    few, whole = zero_vector_like(recent, FEW), zero_vector_like(work, FEW)
     for r in range(2 * first, 2 * last):
-        store(work, r, 0, load(work, r, 0, whole) + doubled(load(recent, r, 0, few)))
+        store(work, r, 0, load(work, r, 0, whole) + to_float64(load(recent, r, 0, few)))
         store(recent, r, 0, few)
 
 
 @njit
 def totals_of(work, k):
-    """The two sums of channel ``k``."""
-    whole = zeros(work, FEW)
+    """Returns the two sums of channel ``k``."""
+    whole = zero_vector_like(work, FEW)
     return total(load(work, 2 * k, 0, whole)), total(load(work, 2 * k + 1, 0, whole))
 
 
@@ -61,10 +74,10 @@ def _add(recent, k, sums, few):
 
 
 @njit(forceinline=True)
-def add_deviations(x, r, start, stop, ahead, centre, recent, k, vectors):
-    """Adds ``x - centre`` and its square to the recent sums of channel ``k``.
+def add_deviations(x, r, start, stop, ahead, center, recent, k, vectors):
+    """Adds ``x - center`` and its square to the recent sums of channel ``k``.
 
-    ``ahead`` is the row and the first element to be prefetched meanwhile.
+    ``ahead`` is the row and the first element to prefetch.
     """
     wide, few = vectors
     sums = few, few
@@ -73,9 +86,9 @@ def add_deviations(x, r, start, stop, ahead, centre, recent, k, vectors):
         of_lanes = wide, wide
         for j in range(start, end, LANES):
             prefetch(x, ahead[0], ahead[1] + j - start, wide)
-            of_lanes = maps.add_deviation(x, r, j, 0, filled(centre, wide), of_lanes, wide)
-        sums = folded(of_lanes[0], few), folded(of_lanes[1], few)
-    of_few, whole = filled(centre, few), stop - (stop - end) % FEW
+            of_lanes = maps.add_deviation(x, r, j, 0, broadcast(center, wide), of_lanes, wide)
+        sums = fold_to(of_lanes[0], few), fold_to(of_lanes[1], few)
+    of_few, whole = broadcast(center, few), stop - (stop - end) % FEW
     for j in range(end, whole, FEW):
         sums = maps.add_deviation(x, r, j, 0, of_few, sums, few)
     if whole < stop:
@@ -85,89 +98,69 @@ def add_deviations(x, r, start, stop, ahead, centre, recent, k, vectors):
 
 
 @njit(forceinline=True)
-def normalize(x, residual, y, mask, options, r, start, stop, numbers, ahead, vectors):
-    """`maps.normalize` of a part of a row, which begins at a byte of the mask."""
+def normalize(tensors, options, r, start, stop, coefficients, ahead, vectors):
+    """Applies `maps.normalize` to a part of a row, which begins at a byte of the mask."""
     wide, few = vectors
     end = stop - (stop - start) % LANES
+    of_lanes = in_all_lanes(coefficients, wide)
     for j in range(start, end, LANES):
         if ahead >= 0:
-            prefetch(x, ahead, j, wide)
-        maps.normalize(x, residual, y, mask, options, r, j, 0, _filled3(numbers, wide), wide)
-    of_few = _filled3(numbers, few)
+            prefetch(tensors.x, ahead, j, wide)
+        maps.normalize(tensors, options, r, j, 0, of_lanes, wide)
+    of_few = in_all_lanes(coefficients, few)
     whole = stop - (stop - end) % FEW
     for j in range(end, whole, FEW):
-        maps.normalize(x, residual, y, mask, options, r, j, 0, of_few, few)
+        maps.normalize(tensors, options, r, j, 0, of_few, few)
     if whole < stop:
         left = stop - FEW
-        maps.normalize(x, residual, y, mask, options, r, left, whole - left, of_few, few)
+        maps.normalize(tensors, options, r, left, whole - left, of_few, few)
 
 
 @njit(forceinline=True)
-def add_grads(grad, x, mask, behind_relu, options, r, start, stop, numbers, recent, k, vectors):
-    """`maps.add_grads` of a part of a row, to the recent sums of channel ``k``."""
+def add_grads(tensors, options, r, start, stop, coefficients, recent, k, vectors):
+    """Adds `maps.add_grads` of a part of a row to the recent sums of channel ``k``."""
     wide, few = vectors
     sums = few, few
     end = stop - (stop - start) % LANES
     if start < end:
-        of_lanes, of_wide = (wide, wide), _filled4(numbers, wide)
+        sums_of_lanes, of_lanes = (wide, wide), in_all_lanes(coefficients, wide)
         for j in range(start, end, LANES):
-            of_lanes = maps.add_grads(
-                grad, x, mask, behind_relu, options, r, j, 0, of_wide, of_lanes, wide
-            )
-        sums = folded(of_lanes[0], few), folded(of_lanes[1], few)
-    of_few = _filled4(numbers, few)
+            sums_of_lanes = maps.add_grads(tensors, options, r, j, 0, of_lanes, sums_of_lanes, wide)
+        sums = fold_to(sums_of_lanes[0], few), fold_to(sums_of_lanes[1], few)
+    of_few = in_all_lanes(coefficients, few)
     whole = stop - (stop - end) % FEW
     for j in range(end, whole, FEW):
-        sums = maps.add_grads(grad, x, mask, behind_relu, options, r, j, 0, of_few, sums, few)
+        sums = maps.add_grads(tensors, options, r, j, 0, of_few, sums, few)
     if whole < stop:
         left = stop - FEW
-        sums = maps.add_grads(
-            grad, x, mask, behind_relu, options, r, left, whole - left, of_few, sums, few
-        )
+        sums = maps.add_grads(tensors, options, r, left, whole - left, of_few, sums, few)
     _add(recent, k, sums, few)
 
 
 @njit(forceinline=True)
-def grad_input(grad, x, mask, result, options, r, start, stop, numbers, ahead, vectors):
-    """`maps.grad_input` of a part of a row.
+def grad_input(tensors, options, r, start, stop, coefficients, ahead, vectors):
+    """Applies `maps.grad_input` to a part of a row.
 
-    With a mask, the gradient is taken through it once more: it is still cached, while what
-    `add_grads` wrote behind the ReLU may have been streamed to memory.
+    With a mask, the gradient passes it once more: ``grad`` is still cached, while the result of
+    `add_grads` may have been streamed to memory.
     """
     wide, few = vectors
     end = stop - (stop - start) % LANES
+    of_lanes = in_all_lanes(coefficients, wide)
     for j in range(start, end, LANES):
         if ahead >= 0:
-            prefetch(x, ahead, j, wide)
-            prefetch(grad, ahead, j, wide)
-        maps.grad_input(grad, x, mask, result, options, r, j, _filled6(numbers, wide), wide)
-    of_few = _filled6(numbers, few)
+            prefetch(tensors.x, ahead, j, wide)
+            prefetch(tensors.grad, ahead, j, wide)
+        maps.grad_input(tensors, options, r, j, of_lanes, wide)
+    of_few = in_all_lanes(coefficients, few)
     for j in range(end, stop, FEW):
         left = min(j, stop - FEW)
-        maps.grad_input(grad, x, mask, result, options, r, left, of_few, few)
-
-
-@njit(forceinline=True)
-def _filled3(numbers, zero):
-    a, b, c = numbers
-    return filled(a, zero), filled(b, zero), filled(c, zero)
-
-
-@njit(forceinline=True)
-def _filled4(numbers, zero):
-    a, b, c, d = numbers
-    return filled(a, zero), filled(b, zero), filled(c, zero), filled(d, zero)
-
-
-@njit(forceinline=True)
-def _filled6(numbers, zero):
-    a, b, c, d, e, f = numbers
-    return (*_filled3((a, b, c), zero), *_filled3((d, e, f), zero))
+        maps.grad_input(tensors, options, r, left, of_few, few)
 
 
 @njit
-def pack(y, bits):
-    """One bit an element: whether ReLU let it through."""
+def store_passes(y, bits):
+    """Writes one bit an element: set where ReLU passed it. For rows narrower than `FEW`."""
     zero = number_like(y, 0)
     for k in range(bits.size):
         byte = 0
@@ -177,8 +170,8 @@ def pack(y, bits):
 
 
 @njit
-def unpack(grad, bits, behind):
-    """``behind = grad`` where the bit is set, else zero."""
-    zero = behind.dtype.type(0)
+def where_passed(grad, bits, result):
+    """Writes ``grad`` where the bit is set, else zero. For rows narrower than `FEW`."""
+    zero = result.dtype.type(0)
     for j in range(grad.size):
-        behind[j] = grad[j] if (bits[j // 8] >> (j % 8)) & 1 else zero
+        result[j] = grad[j] if (bits[j // 8] >> (j % 8)) & 1 else zero

@@ -2,8 +2,8 @@
 
 Numba has a cache of its own. It takes a third of a second to load anything, because it first loads
 all that a compilation might need. And it numbers its files under a function's name, so that two
-processes that compile different kernels at the same time could end up with each other's code. Here
-a file is named after everything that its content depends on, and begins with a checksum.
+processes that compile different kernels at the same time can end up with each other's code. Here a
+file is named after everything that its content depends on, and begins with a checksum.
 """
 
 from __future__ import annotations
@@ -16,39 +16,46 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
 
 from batchnorm.files import whole_file
+from batchnorm.kernels import machine
 
 try:
     import fcntl
 except ImportError:  # Windows.
     fcntl = None
 
+# Bytes of a checksum.
 _LENGTH = 4
-# How many seconds to wait for another process, and between two looks.
+# Seconds to wait for another process that compiles the same kernel, and between two looks.
 _PATIENCE, _PAUSE = 60.0, 0.02
-# Of numba.config: what changes the code.
+# Names in numba.config that change the code.
 _SETTINGS = ("OPT", "CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
 
-# What this process compiles at the moment.
-_held: set[str] = set()
-# Linked code lives as long as these.
+# Names that this process is compiling.
+_compiling: set[str] = set()
+# Linked code lives as long as its engine.
 _engines: list[llvm.ExecutionEngine] = []
 
 
 class MachineCode(NamedTuple):
-    """An object file, and the symbol of the function to call."""
+    """An object file.
+
+    Attributes:
+        symbol: Name of the function to call.
+        code: The file's content.
+    """
 
     symbol: str
     code: bytes
 
 
 def read(name: str) -> MachineCode | None:
-    """What was kept under a name; None if there is nothing, or it is not whole."""
+    """Reads the code stored under a name; None if there is none, or it is damaged."""
     for folder in _folders():
         with contextlib.suppress(OSError):
             content = (folder / f"{name}.bin").read_bytes()
@@ -59,9 +66,9 @@ def read(name: str) -> MachineCode | None:
     return None
 
 
-def keep(name: str, kept: MachineCode) -> None:
-    """Keeps code under a name, if there is a place for it."""
-    content = b"\n".join((kept.symbol.encode(), kept.code))
+def write(name: str, machine_code: MachineCode) -> None:
+    """Stores code under a name, in the first folder that can be written, if any."""
+    content = b"\n".join((machine_code.symbol.encode(), machine_code.code))
     for folder in _folders():
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,17 +79,17 @@ def keep(name: str, kept: MachineCode) -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(name: str) -> Iterator[None]:
-    """Waits while another process holds the name: what it compiles will then be there.
+    """Waits while another process compiles the code of that name, which is then on disk.
 
-    Only to save work: where files cannot be locked, or after a minute, nobody waits; and a signal
-    handler does not wait for what it interrupted.
+    It only saves work. Nobody waits where files cannot be locked, nor longer than a minute; and a
+    signal handler does not wait for the compilation that it interrupted.
     """
-    file = None if name in _held else _locked(name)
-    _held.add(name)
+    file = None if name in _compiling else _locked(name)
+    _compiling.add(name)
     try:
         yield
     finally:
-        _held.discard(name)
+        _compiling.discard(name)
         if file is not None:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
@@ -120,20 +127,20 @@ def _folders() -> list[Path]:
     return [Path(__file__).parent / "__pycache__", Path(caches) / "batchnorm"]
 
 
-def linked(kept: MachineCode) -> int:
-    """Brings code into this process; the address of its function."""
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(kept.code))
+def link(machine_code: MachineCode) -> int:
+    """Links code into this process; returns the address of its function."""
+    engine = machine.engine()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code.code))
     engine.finalize_object()
     _engines.append(engine)
-    address = engine.get_function_address(kept.symbol)
+    address = engine.get_function_address(machine_code.symbol)
     assert address
     return address
 
 
 @cache
 def fingerprint() -> str:
-    """A checksum of what compiled code depends on: the loops, the compiler, the processor."""
+    """Returns a checksum of all that compiled code depends on: loops, compiler and processor."""
     processor = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     compiler = numba.__version__, llvm.llvm_version_info, sys.version
     settings = [getattr(numba.config, name) for name in _SETTINGS]
@@ -145,9 +152,3 @@ def fingerprint() -> str:
 
 def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(_LENGTH, "big")
-
-
-def _machine() -> Any:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple().create_target_machine(jit=True)

@@ -10,68 +10,51 @@ from __future__ import annotations
 from numba import njit
 
 from batchnorm.kernels.compiled import maps
-from batchnorm.kernels.compiled.statistics import CENTRE, INV_STD, LEVEL, OFFSET, SCALE, TILT
-from batchnorm.kernels.compiled.vectors import load, prefetch, store
+from batchnorm.kernels.compiled.coefficients import of_columns
+from batchnorm.kernels.compiled.streaming import prefetch
+from batchnorm.kernels.compiled.vectors import load, store
 
-# How many rows ahead to prefetch.
+# How many rows ahead streamed passes prefetch; others do not. docs/decisions/0007: prefetching
 AHEAD = 2
 
 
 @njit(forceinline=True)
 def add_deviations(x, first, last, k, skip, work, zero):
-    """Adds ``x - centre`` to ``work[1]`` and its square to ``work[2]``; ``work[0]`` is centre."""
-    centre = load(work, 0, k, zero)
+    """Adds ``x - center`` to ``work[1]`` and its square to ``work[2]``; ``work[0]`` is center."""
+    center = load(work, 0, k, zero)
     sums = load(work, 1, k, zero), load(work, 2, k, zero)
     for r in range(first, last):
         prefetch(x, r + last - first, k, zero)
-        sums = maps.add_deviation(x, r, k, skip, centre, sums, zero)
+        sums = maps.add_deviation(x, r, k, skip, center, sums, zero)
     store(work, 1, k, sums[0])
     store(work, 2, k, sums[1])
 
 
 @njit(forceinline=True)
-def normalize(x, residual, y, mask, coefficients, options, r, k, skip, zero):
-    """`maps.normalize` in one row."""
-    numbers = (
-        load(coefficients, CENTRE, k, zero),
-        load(coefficients, SCALE, k, zero),
-        load(coefficients, OFFSET, k, zero),
-    )
-    if options[2]:
-        prefetch(x, r + AHEAD, k, zero)
-    maps.normalize(x, residual, y, mask, options, r, k, skip, numbers, zero)
+def normalize(tensors, coefficients, options, r, k, skip, zero):
+    """Applies `maps.normalize` in one row."""
+    if options.streamed:
+        prefetch(tensors.x, r + AHEAD, k, zero)
+    maps.normalize(tensors, options, r, k, skip, of_columns(coefficients, k, zero), zero)
 
 
 @njit(forceinline=True)
-def add_grads(grad, x, mask, behind_relu, coefficients, options, first, last, k, skip, work, zero):
-    """`maps.add_grads` down some rows, to ``work[0]`` and ``work[1]``."""
-    numbers = (
-        load(coefficients, CENTRE, k, zero),
-        load(coefficients, INV_STD, k, zero),
-        load(coefficients, SCALE, k, zero),
-        load(coefficients, OFFSET, k, zero),
-    )
+def add_grads(tensors, coefficients, options, first, last, k, skip, work, zero):
+    """Adds `maps.add_grads` of some rows to ``work[0]`` and ``work[1]``."""
+    of_stripe = of_columns(coefficients, k, zero)
     sums = load(work, 0, k, zero), load(work, 1, k, zero)
     for r in range(first, last):
-        prefetch(grad, r + last - first, k, zero)
-        prefetch(x, r + last - first, k, zero)
-        sums = maps.add_grads(grad, x, mask, behind_relu, options, r, k, skip, numbers, sums, zero)
+        prefetch(tensors.grad, r + last - first, k, zero)
+        prefetch(tensors.x, r + last - first, k, zero)
+        sums = maps.add_grads(tensors, options, r, k, skip, of_stripe, sums, zero)
     store(work, 0, k, sums[0])
     store(work, 1, k, sums[1])
 
 
 @njit(forceinline=True)
-def grad_input(grad, x, result, coefficients, options, r, k, zero):
-    """`maps.grad_input` in one row."""
-    numbers = (
-        load(coefficients, CENTRE, k, zero),
-        load(coefficients, INV_STD, k, zero),
-        load(coefficients, SCALE, k, zero),
-        load(coefficients, OFFSET, k, zero),
-        load(coefficients, TILT, k, zero),
-        load(coefficients, LEVEL, k, zero),
-    )
-    if options[2]:
-        prefetch(x, r + AHEAD, k, zero)
-        prefetch(grad, r + AHEAD, k, zero)
-    maps.grad_input(grad, x, None, result, options, r, k, numbers, zero)
+def grad_input(tensors, coefficients, options, r, k, zero):
+    """Applies `maps.grad_input` in one row."""
+    if options.streamed:
+        prefetch(tensors.x, r + AHEAD, k, zero)
+        prefetch(tensors.grad, r + AHEAD, k, zero)
+    maps.grad_input(tensors, options, r, k, of_columns(coefficients, k, zero), zero)

@@ -1,14 +1,17 @@
-"""What a kernel is told: one record of addresses and numbers, the same for every kernel.
+"""The record that a kernel is called with: addresses and numbers, the same for every kernel.
 
-A kernel is called once or in several *stages*, between which its threads wait for each other. Which
-steps a stage consists of is part of the task.
+A kernel is called once, or in several *stages* between which its threads wait for each other. The
+record says which *steps* a stage consists of.
+
+The named tuples here are the only description of the record. They are filled by name; their fields
+lie in the record in the order in which they are written here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_type_hints
 
 import numpy as np
 from numba import from_dtype, njit
@@ -16,7 +19,7 @@ from numba.extending import intrinsic, overload
 
 
 class Addresses(NamedTuple):
-    """Where tensors begin; zero where there is no such tensor."""
+    """Addresses of the tensors of one call; zero where there is no such tensor."""
 
     x: int
     residual: int = 0
@@ -24,79 +27,97 @@ class Addresses(NamedTuple):
     mask: int = 0
     grad: int = 0
     grad_x: int = 0
-    behind_relu: int = 0
+    grad_before_relu: int = 0
     weight: int = 0
     bias: int = 0
     mean: int = 0
     var: int = 0
     sum_grad: int = 0
     sum_grad_x_hat: int = 0
+    mean_grad: int = 0
+    mean_grad_x_hat: int = 0
 
 
-ADDRESSES = (
-    *Addresses._fields,
-    "scratch",
-    # Running statistics to be moved.
-    "running_mean",
-    "running_var",
-    "counter",
-)
-# Parts of the scratch memory.
-SCRATCH = ("partials", "coefficients", "work", "recent")
-NUMBERS = (
-    # Where these parts begin, in bytes.
-    *SCRATCH,
+class RunningUpdate(NamedTuple):
+    """Addresses of the running statistics that the step "merge" updates; zeros for none."""
+
+    running_mean: int = 0
+    running_var: int = 0
+    counter: int = 0
+    # Weight of the new batch.
+    weight_of_batch: float = 0.0
+    # Whether the running statistics are float64, not float32.
+    running_in_float64: int = 0
+
+
+class Constants(NamedTuple):
+    """The part of a record that is the same in every call of a plan."""
+
+    # Where the parts of the scratch memory begin, in bytes.
+    partials: int
+    coefficients: int
+    work: int
+    recent: int
     # Shape: planes are (rows, channels, length), with one column a channel; columns are
     # (rows, fold * channels * repeat).
-    "rows",
-    "channels",
-    "length",
-    "fold",
-    "repeat",
-    "slabs",
+    rows: int
+    channels: int
+    length: int
+    fold: int
+    repeat: int
+    slabs: int
     # Elements of a channel.
-    "count",
-    # The steps of each stage, eight bits for one.
-    "stages",
-    # How they are done: threads share what lies one after the other in memory, not channels; what
-    # is applied was collected before, in this stage or another; a ReLU is fused; mean and variance
-    # are constants; the sums are given; the sums are wanted as the elements are computed, not in
-    # float64; mean and variance are float32, not float64.
-    "by_cell",
-    "collected",
-    "relu",
-    "fixed",
-    "given",
-    "narrow",
-    "single",
-)
-STEPS = ("prepare", "collect", "merge", "apply")
-PREPARE, COLLECT, MERGE, APPLY = (1 << place for place in range(len(STEPS)))
-# How a task is packed: ctypes would take ten times as long to fill its structure. What differs from
-# call to call comes first.
-CALL = struct.Struct(f"2q{len(ADDRESSES)}P2dq")
-CONSTANTS = struct.Struct(f"{len(NUMBERS)}q")
-SIZE = CALL.size + CONSTANTS.size
+    count: int
+    # The steps of each stage, eight bits a stage.
+    stages: int
+    # Threads share what lies one after the other in memory, not channels.
+    by_cell: int
+    # The steps include "collect", so the end of ``x`` may still be in a cache for "apply".
+    collected: int
+    # A ReLU is fused.
+    relu: int
+    # Mean and variance are constants, so no gradient passes through them.
+    fixed: int
+    # The sums of the gradient are stored in the dtype of the arithmetic, not in float64.
+    sums_as_number: int
+    # Mean and variance are float32, not float64.
+    statistics_in_float32: int
+
+
+_KINDS = {int: ctypes.c_int64, float: ctypes.c_double}
+_FORMATS = {ctypes.c_int64: "q", ctypes.c_double: "d"}
+
+
+def _fields(record: type[tuple]) -> list[tuple[str, type]]:
+    return [(name, _KINDS[kind]) for name, kind in get_type_hints(record).items()]
+
+
+_OF_CALL = [
+    ("stage", ctypes.c_int64),
+    # Set by a kernel that finds a variance which float32 cannot hold.
+    ("overflowed", ctypes.c_int64),
+    # Address of the scratch memory.
+    ("scratch", ctypes.c_int64),
+    ("eps", ctypes.c_double),
+    *_fields(Addresses),
+    *_fields(RunningUpdate),
+]
 
 
 class Task(ctypes.Structure):
-    """Addresses are zero where there is no such tensor."""
+    """The whole record: first what differs from call to call, then `Constants`."""
 
-    _fields_: ClassVar = [
-        ("stage", ctypes.c_int64),
-        # Set by a kernel that finds a variance which float32 cannot hold.
-        ("overflown", ctypes.c_int64),
-        *((name, ctypes.c_size_t) for name in ADDRESSES),
-        ("eps", ctypes.c_double),
-        # Of the new batch in the running statistics.
-        ("weight_of_batch", ctypes.c_double),
-        # Whether these are float64.
-        ("wide_running", ctypes.c_int64),
-        *((name, ctypes.c_int64) for name in NUMBERS),
-    ]
+    _fields_: ClassVar = [*_OF_CALL, *_fields(Constants)]
 
 
+# `struct` packs a call in a tenth of the time that ctypes takes to fill its structure.
+CALL = struct.Struct("".join(_FORMATS[kind] for _, kind in _OF_CALL))
+CONSTANTS = struct.Struct("".join(_FORMATS[kind] for _, kind in _fields(Constants)))
 RECORD = from_dtype(np.dtype(Task))
+# Prepare the coefficients of the map; collect sums; merge them, and, backward, take means of them;
+# or take the means that the caller gives; apply the map.
+STEPS = ("prepare", "collect", "merge", "take_means", "apply")
+PREPARE, COLLECT, MERGE, TAKE_MEANS, APPLY = (1 << place for place in range(len(STEPS)))
 
 
 @njit
@@ -107,12 +128,12 @@ def share(whole, thread, team):
 
 @njit
 def steps_of(task):
-    """Bits of the steps to do now."""
+    """Returns the bits of the steps in the current stage."""
     return task.stages >> (8 * task.stage) & 255
 
 
 def task_at(pointer):
-    """The task behind a pointer; without the JIT the task itself is handed around."""
+    """Returns the task behind a pointer; without the JIT, the task itself is passed around."""
     return pointer
 
 

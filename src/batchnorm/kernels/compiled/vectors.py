@@ -1,10 +1,10 @@
-"""Vectors of numbers: neighbouring elements of one row of an array, held in registers.
+"""Vectors of numbers: neighboring elements of one row of an array, in registers.
 
-The kernels keep their sums and coefficients in registers while they go through the rows, which no
-compiler finds out by itself. A vector is made by `load`, takes ``+ - *``, and is rounded back by
-`store`. It has `LANES` numbers, several registers full, so that sums do not wait for one another;
-or `FEW` for what is left of a row. Every function also takes single numbers, for matrices narrower
-than a vector: what a kernel works with is decided by the type of its ``zero``.
+The kernels leave their sums and coefficients in registers from row to row, which no compiler finds
+out by itself. `load` makes a vector, ``+ - *`` compute with it, and `store` rounds it back. A
+vector has `LANES` numbers, which fill several registers, so that sums do not wait for one another;
+or `FEW` numbers, for the rest of a row. Every function also takes single numbers, for matrices
+narrower than a vector: the type of a kernel's ``zero`` decides which of the two it works with.
 
 When Numba's JIT is disabled, a vector is a NumPy array.
 """
@@ -16,26 +16,23 @@ import operator
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
 
 from batchnorm.kernels.compiled.elements import narrow, widen
+from batchnorm.kernels.compiled.numba_internals import llvm_function, pointer_to_element
 
+# Numbers of a vector: of float32, 64 fill four registers of AVX-512, and 16 fill one.
+# docs/decisions/0007: vectors
 LANES, FEW = 64, 16
 # Bytes of a cache line.
-LINE = 64
-# Bytes of an array from which on results are written past the caches, because the next layer would
-# not find them there anyway: sooner in training, where they would take the place of what is read
-# twice.
-STREAMED, STREAMED_ALONE = 1 << 22, 1 << 24
+CACHE_LINE = 64
 REAL = {32: ir.FloatType(), 64: ir.DoubleType()}
 WORD = ir.IntType(32)
 
 
 class Vector(types.Type):
-    """Some numbers of a floating type."""
+    """Numba's type of a vector: ``lanes`` numbers of a floating type."""
 
     def __init__(self, number: types.Float, lanes: int) -> None:
         self.number = number
@@ -50,37 +47,30 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def lanes_of(vector, kind):
-    """LLVM's type of as many numbers of ``kind`` as the vector has."""
+    """Returns LLVM's type of as many numbers of ``kind`` as the vector has."""
     return ir.VectorType(kind, vector.lanes)
 
 
-def _all(vector, kind, value):
+def _repeated(vector, kind, value):
     return ir.Constant(lanes_of(vector, kind), [ir.Constant(kind, value)] * vector.lanes)
-
-
-def element_at(context, builder, signature, args):
-    """Pointer to ``array[row, column]``, the first three arguments."""
-    array_type = signature.args[0]
-    array = context.make_array(array_type)(context, builder, args[0])
-    return cgutils.get_item_pointer(context, builder, array_type, array, args[1:3], False)
 
 
 def _place(vector, context, builder, signature, args):
     """Pointer to the vector that begins at ``array[row, column]``."""
-    place = element_at(context, builder, signature, args)
+    place = pointer_to_element(context, builder, signature, args)
     return builder.bitcast(place, lanes_of(vector, place.type.pointee).as_pointer())
 
 
-def zeros(array, lanes):
-    """Zeros, of the numbers in which the elements of ``array`` are computed.
+def zero_vector_like(array, lanes):
+    """Returns a vector of zeros, in the dtype of the arithmetic on elements of ``array``.
 
-    ``lanes`` is `LANES` or `FEW`, by its name.
+    ``lanes`` must be the global `LANES` or `FEW`: Numba has to know it when it compiles.
     """
     return np.zeros(lanes, np.float64 if array.dtype == np.float64 else np.float32)
 
 
-@overload(zeros, prefer_literal=True)
-def _zeros(array, lanes):
+@overload(zero_vector_like, prefer_literal=True)
+def _zero_vector_like(array, lanes):
     number = types.float64 if array.dtype == types.float64 else types.float32
     vector = Vector(number, lanes.literal_value)
 
@@ -92,18 +82,18 @@ def _zeros(array, lanes):
     return lambda array, lanes: zero()
 
 
-def filled(value, zero):
-    """``value`` in every place of a vector like ``zero``."""
+def broadcast(value, zero):
+    """Returns a vector like ``zero`` with ``value`` in every lane."""
     return np.full_like(zero, value)
 
 
-@overload(filled)
-def _filled(value, zero):
-    return lambda value, zero: _filled_vector(value, zero)
+@overload(broadcast)
+def _broadcast(value, zero):
+    return lambda value, zero: _broadcast_vector(value, zero)
 
 
 @intrinsic
-def _filled_vector(context, value, zero):
+def _broadcast_vector(context, value, zero):
     def code(context, builder, signature, args):
         return _spread(builder, args[0], zero)
 
@@ -117,18 +107,18 @@ def _spread(builder, number, vector):
     return builder.shuffle_vector(first, first, ir.Constant(lanes_of(vector, WORD), None))
 
 
-def folded(wide, few):
-    """Sums of the numbers of a vector, as many as ``few`` has: each of every so manieth number."""
+def fold_to(wide, few):
+    """Folds a wide vector to the width of ``few``, adding lanes that are ``len(few)`` apart."""
     return wide.reshape(-1, len(few)).sum(0)
 
 
-@overload(folded)
-def _folded(wide, few):
-    return lambda wide, few: _folded_vector(wide, few)
+@overload(fold_to)
+def _fold_to(wide, few):
+    return lambda wide, few: _fold_vector(wide, few)
 
 
 @intrinsic
-def _folded_vector(context, wide, few):
+def _fold_vector(context, wide, few):
     def code(context, builder, signature, args):
         parts = []
         for start in range(0, wide.lanes, few.lanes):
@@ -140,20 +130,20 @@ def _folded_vector(context, wide, few):
     return few(wide, few), code
 
 
-def doubled(vector):
-    """The same numbers in float64."""
+def to_float64(vector):
+    """Returns the same numbers in float64."""
     return vector.astype(np.float64)
 
 
-@overload(doubled)
-def _doubled(vector):
+@overload(to_float64)
+def _to_float64(vector):
     if vector.number == types.float64:
         return lambda vector: vector
-    return lambda vector: _doubled_vector(vector)
+    return lambda vector: _vector_to_float64(vector)
 
 
 @intrinsic
-def _doubled_vector(context, vector):
+def _vector_to_float64(context, vector):
     double = Vector(types.float64, vector.lanes)
 
     def code(context, builder, signature, args):
@@ -163,7 +153,7 @@ def _doubled_vector(context, vector):
 
 
 def total(vector):
-    """Sum of the numbers of a vector, in float64."""
+    """Returns the sum of the numbers of a vector, in float64."""
     return float(np.sum(vector, dtype=np.float64))
 
 
@@ -181,14 +171,15 @@ def _total_of_vector(context, vector):
             numbers = builder.fpext(numbers, lanes_of(vector, double))
         kind = ir.FunctionType(double, [double, numbers.type])
         name = f"llvm.vector.reduce.fadd.v{vector.lanes}f64"
-        add = cgutils.get_or_insert_function(builder.module, kind, name)
-        return builder.call(add, [double(-0.0), numbers], fastmath=("reassoc",))
+        return builder.call(
+            llvm_function(builder, kind, name), [double(-0.0), numbers], fastmath=("reassoc",)
+        )
 
     return types.float64(vector), code
 
 
 def load(array, row, column, zero):
-    """What stands at ``array[row, column]`` and, if ``zero`` is a vector, right of it."""
+    """Reads ``array[row, column]`` and, if ``zero`` is a vector, the elements to its right."""
     if not isinstance(zero, np.ndarray):
         return widen(array[row, column])
     elements = array[row, column : column + len(zero)]
@@ -216,9 +207,9 @@ def _load_vector(context, array, row, column, zero):
 
 
 def store(array, row, column, value, streamed=False):
-    """Writes what `load` reads, rounded to the nearest element.
+    """Writes the place that `load` reads, rounding to the nearest element.
 
-    If ``streamed``, past the caches: then the place must be a multiple of `LINE` bytes.
+    If ``streamed``, it writes past the caches; then the address must be a multiple of `CACHE_LINE`.
     """
     if isinstance(value, np.ndarray):
         array[row, column : column + len(value)] = [narrow(number, array) for number in value]
@@ -260,7 +251,7 @@ def _stream_vector(context, array, row, column, value):
     def code(context, builder, signature, args):
         place = _place(value, context, builder, signature, args)
         elements = _narrowed(builder, value, args[3], array.dtype)
-        align = min(LINE, value.lanes * array.dtype.bitwidth // 8)
+        align = min(CACHE_LINE, value.lanes * array.dtype.bitwidth // 8)
         written = builder.store(elements, place, align=align)
         written.set_metadata("nontemporal", builder.module.add_metadata([WORD(1)]))
         return context.get_dummy_value()
@@ -268,34 +259,8 @@ def _stream_vector(context, array, row, column, value):
     return types.void(array, row, column, value), code
 
 
-@njit
-def is_streamed(x, result, collected):
-    """Whether ``result`` is worth it and fit for it: its rows are whole lines of the cache."""
-    least = STREAMED if collected else STREAMED_ALONE
-    aligned = result.ctypes.data % LINE == 0 and result.strides[0] % LINE == 0
-    return x.nbytes >= least and x.shape[1] >= LANES and aligned
-
-
-def finish_streams():
-    """Makes streamed stores visible to the other threads."""
-
-
-@overload(finish_streams)
-def _finish_streams():
-    return lambda: _fence()
-
-
-@intrinsic
-def _fence(context):
-    def code(context, builder, signature, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), code
-
-
 def rounded(value, like):
-    """``value``, as it will be read once it is stored in the array ``like``."""
+    """Returns ``value`` as `load` will read it after `store` into the array ``like``."""
     if isinstance(value, np.ndarray):
         return np.array([widen(narrow(number, like)) for number in value])
     return widen(narrow(value, like))
@@ -326,7 +291,7 @@ def _widened(builder, vector, elements, dtype):
     if dtype != types.uint16:
         return elements
     words = builder.zext(elements, lanes_of(vector, WORD))
-    bits = builder.shl(words, _all(vector, WORD, 16))
+    bits = builder.shl(words, _repeated(vector, WORD, 16))
     return builder.bitcast(bits, lanes_of(vector, REAL[32]))
 
 
@@ -336,7 +301,7 @@ def _narrowed(builder, vector, value, dtype):
         return builder.bitcast(halves, lanes_of(vector, ir.IntType(16)))
     if dtype != types.uint16:
         return value
-    every = functools.partial(_all, vector, WORD)
+    every = functools.partial(_repeated, vector, WORD)
     bits = builder.bitcast(value, lanes_of(vector, WORD))
     odd = builder.and_(builder.lshr(bits, every(16)), every(1))
     nearest = builder.add(builder.add(bits, every(0x7FFF)), odd)
@@ -345,53 +310,24 @@ def _narrowed(builder, vector, value, dtype):
     return builder.trunc(builder.lshr(chosen, every(16)), lanes_of(vector, ir.IntType(16)))
 
 
-def prefetch(array, row, column, zero):
-    """Asks for what `load` would read to be brought into the L2 cache, and does not wait for it.
-
-    The place may lie outside of the array.
-    """
-
-
-@overload(prefetch)
-def _prefetch(array, row, column, zero):
-    if isinstance(zero, Vector):
-        return lambda array, row, column, zero: _prefetch_vector(array, row, column, zero)
-    return lambda array, row, column, zero: None
-
-
-@intrinsic
-def _prefetch_vector(context, array, row, column, zero):
-    def code(context, builder, signature, args):
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = builder.bitcast(element_at(context, builder, signature, args), byte)
-        for line in range(0, zero.lanes * array.dtype.bitwidth // 8, LINE):
-            address = builder.gep(place, [flag(line)])
-            builder.call(function, [address, flag(0), flag(2), flag(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, row, column, zero), code
-
-
-def fused(a, b, c):
-    """``a * b + c``, rounded once where the processor can."""
+def multiply_add(a, b, c):
+    """Returns ``a * b + c``, rounded once where the processor can."""
     return a * b + c
 
 
-@overload(fused)
-def _fused(a, b, c):
+@overload(multiply_add)
+def _multiply_add(a, b, c):
     if isinstance(a, Vector):
-        return lambda a, b, c: _fused_vectors(a, b, c)
+        return lambda a, b, c: _multiply_add_vectors(a, b, c)
     return lambda a, b, c: a * b + c
 
 
 @intrinsic
-def _fused_vectors(context, a, b, c):
+def _multiply_add_vectors(context, a, b, c):
     def code(context, builder, signature, args):
         kind = ir.FunctionType(args[0].type, [args[0].type] * 3)
         name = f"llvm.fmuladd.v{a.lanes}f{a.number.bitwidth}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+        return builder.call(llvm_function(builder, kind, name), args)
 
     return a(a, b, c), code
 

@@ -27,7 +27,7 @@ from batchnorm.tools.acceleration.replacement import (
 )
 from batchnorm.tools.flow.assumptions import Unproven
 from batchnorm.tools.flow.tracing import Trace, change_class, module_at, trace
-from batchnorm.tools.patching.recomputation import RecomputationHook
+from batchnorm.tools.patching import RecomputationHook
 from batchnorm.torch_internals import global_hooks
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -62,7 +62,7 @@ class Fusions:
 class FusedBlock:
     """Block with a rewritten forward. Each copy gets a class of its own.
 
-    A copy or a pickle holds the original class and the state, and no code: the forward is traced
+    A copy or a pickle has the original class and the state, and no code: the forward is traced
     again.
     """
 
@@ -101,7 +101,7 @@ def fuse(block: nn.Module) -> Fusions:
 
 @dataclass
 class _Match:
-    """A layer, a ReLU after it, and the nodes between the two."""
+    """Layer, a ReLU after it, and the nodes between the two."""
 
     layer: fx.Node
     identities: list[fx.Node]
@@ -233,7 +233,7 @@ def _fused_class(block: nn.Module, traced: Trace, members: _Members) -> type[nn.
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
             original.forward is source
-            and traced.holds(self, args, kwargs)
+            and traced.is_valid_for(self, args, kwargs)
             and _may_skip(self, members)
         ):
             return run(self, *args)

@@ -74,7 +74,7 @@ def obstacle_to_skipping(module: nn.Module) -> str | None:
 
 def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
     """Computes ``relu(layer(x))`` in one pass, by the forward of the class."""
-    view: Any = _view(layer)
+    view = _view(layer)
     return type(view).forward(view, x)
 
 
@@ -110,25 +110,12 @@ class _ReLU:
         return "relu"
 
 
-class _View1d(_ReLU, BatchNorm1d):  # pyright: ignore[reportIncompatibleVariableOverride]
-    pass
+_VIEWS: dict[type, Any] = {kind: type("View", (_ReLU, kind), {}) for kind in _OURS.values()}
 
 
-class _View2d(_ReLU, BatchNorm2d):  # pyright: ignore[reportIncompatibleVariableOverride]
-    pass
-
-
-class _View3d(_ReLU, BatchNorm3d):  # pyright: ignore[reportIncompatibleVariableOverride]
-    pass
-
-
-def _view(layer: nn.Module) -> BatchNorm1d | BatchNorm2d | BatchNorm3d:
-    if isinstance(layer, BatchNorm2d):
-        view = _View2d.__new__(_View2d)
-    elif isinstance(layer, BatchNorm1d):
-        view = _View1d.__new__(_View1d)
-    else:
-        view = _View3d.__new__(_View3d)
+def _view(layer: nn.Module) -> Any:
+    kind = next(view for kind, view in _VIEWS.items() if isinstance(layer, kind))
+    view = kind.__new__(kind)
     view.__dict__ = layer.__dict__
     return view
 

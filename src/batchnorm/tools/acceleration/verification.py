@@ -20,7 +20,7 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,6 @@ from batchnorm.tools.patching import Handle, SavedTensors, batch_norms, listen
 Results = dict[str, Tensor]
 _CONTAINERS = (dict, OrderedDict, list, set)
 _FIRST_SEEDS, _MORE_SEEDS = range(2), range(2, 18)
-_MODES = {False: "evaluation", True: "training"}
 
 
 class Snapshot:
@@ -125,12 +124,12 @@ class Verification:
     def __init__(self, model: nn.Module, example_input: Any, before: Snapshot) -> None:
         self._example = _arguments(example_input)
         self._before = before
-        self._expected: dict[bool, Results] = {}
-        self._rounding: dict[bool, dict[str, float]] = {training: {} for training in _MODES}
-        for training in _MODES:
-            self._expected[training] = self._run(model, training=training)
+        self._modes: list[_Mode] = []
+        for training in (False, True):
+            mode = _Mode(training, self._run(model, training=training))
+            self._modes.append(mode)
             for seed in _FIRST_SEEDS:
-                self._imitate_rounding(model, seed, training=training)
+                self._imitate_rounding(model, mode, seed)
 
     def check(self, model: nn.Module) -> Differences:
         """Runs the changed model and restores its tensors and flags.
@@ -141,61 +140,29 @@ class Verification:
         changed = Snapshot(model, tensors=False)
         found: dict[str, list[float]] = {"output": [], "gradient": []}
         rounding: dict[str, list[float]] = {"output": [], "gradient": []}
-        for training in _MODES:
-            actual = self._run(model, training=training)
-            distances = self._distances(actual, training=training)
+        for mode in self._modes:
+            distances = mode.distances(self._run(model, training=mode.training))
             seeds = iter(_MORE_SEEDS)
-            while (wrong := self._disagreement(distances, training=training)) is not None:
+            while (wrong := mode.disagreement(distances)) is not None:
                 seed = next(seeds, None)
                 if seed is None:
                     raise RuntimeError(wrong)
-                self._imitate_rounding(model, seed, training=training)
+                self._imitate_rounding(model, mode, seed)
             self._before.restore()
             changed.restore()
             for kind in found:
-                found[kind].append(self._relative(distances, kind, training=training))
-                moved = self._rounding[training]
-                rounding[kind].append(self._relative(moved, kind, training=training))
+                found[kind].append(mode.relative(distances, kind))
+                rounding[kind].append(mode.relative(mode.rounding, kind))
         return Differences(*(max(values) for values in (*found.values(), *rounding.values())))
 
-    def _imitate_rounding(self, model: nn.Module, seed: int, *, training: bool) -> None:
+    def _imitate_rounding(self, model: nn.Module, mode: _Mode, seed: int) -> None:
         """Runs the original with disturbed inputs, and records how far each result moves."""
         self._before.restore()
         with _disturbed(model, seed):
-            results = self._run(model, training=training)
+            results = self._run(model, training=mode.training)
         self._before.restore()
-        moved = self._rounding[training]
-        for name, distance in self._distances(results, training=training).items():
-            moved[name] = max(moved.get(name, 0.0), distance)
-
-    def _distances(self, actual: Results, *, training: bool) -> dict[str, float]:
-        expected = self._expected[training]
-        missing = dict.fromkeys(sorted(expected.keys() ^ actual.keys()), math.inf)
-        common = [name for name in expected if name in actual]
-        return missing | {name: _distance(actual[name], expected[name]) for name in common}
-
-    def _disagreement(self, distances: dict[str, float], *, training: bool) -> str | None:
-        """Returns the message about the first wrong result, or None."""
-        for name, distance in distances.items():
-            expected = self._expected[training].get(name)
-            allowed = 4 * self._rounding[training].get(name, 0.0)
-            if expected is not None and expected.dtype.is_floating_point:
-                allowed += 64 * torch.finfo(expected.dtype).eps * _size(expected)
-            if not distance <= allowed:
-                return (
-                    f"accelerate: {name} in {_MODES[training]} differs by {distance:.1e}, and "
-                    f"rounding explains {allowed:.1e}; the model is as it was before, call "
-                    "accelerate without example_input only if that difference is fine."
-                )
-        return None
-
-    def _relative(self, distances: dict[str, float], kind: str, *, training: bool) -> float:
-        """Returns the largest distance relative to the largest value of that kind."""
-        expected = self._expected[training]
-        names = [name for name in expected if name.startswith(f"the {kind}")]
-        size = max((_size(expected[name]) for name in names), default=0.0)
-        distance = max((distances[name] for name in names), default=0.0)
-        return distance / size if size > 0 else distance
+        for name, distance in mode.distances(results).items():
+            mode.rounding[name] = max(mode.rounding.get(name, 0.0), distance)
 
     def _run(self, model: nn.Module, *, training: bool) -> Results:
         """Returns outputs, gradients and buffers of one call."""
@@ -223,6 +190,49 @@ class Verification:
             if grad is not None:
                 results[f"the gradient of {name}"] = grad
         return results
+
+
+@dataclass
+class _Mode:
+    """Results of the original in training or in evaluation.
+
+    Attributes:
+        training: The mode.
+        expected: The results.
+        rounding: How far each of them moved when rounding was imitated.
+    """
+
+    training: bool
+    expected: Results
+    rounding: dict[str, float] = field(default_factory=dict)
+
+    def distances(self, actual: Results) -> dict[str, float]:
+        missing = dict.fromkeys(sorted(self.expected.keys() ^ actual.keys()), math.inf)
+        common = {n: _distance(actual[n], x) for n, x in self.expected.items() if n in actual}
+        return missing | common
+
+    def disagreement(self, distances: dict[str, float]) -> str | None:
+        """Returns the message about the first wrong result, or None."""
+        for name, distance in distances.items():
+            expected = self.expected.get(name)
+            allowed = 4 * self.rounding.get(name, 0.0)
+            if expected is not None and expected.dtype.is_floating_point:
+                allowed += 64 * torch.finfo(expected.dtype).eps * _size(expected)
+            if not distance <= allowed:
+                return (
+                    f"accelerate: {name} in {'training' if self.training else 'evaluation'} "
+                    f"differs by {distance:.1e}, and rounding explains {allowed:.1e}; the model is "
+                    "as it was before, call accelerate without example_input only if that "
+                    "difference is fine."
+                )
+        return None
+
+    def relative(self, distances: dict[str, float], kind: str) -> float:
+        """Returns the largest distance relative to the largest value of that kind."""
+        names = [name for name in self.expected if name.startswith(f"the {kind}")]
+        size = max((_size(self.expected[name]) for name in names), default=0.0)
+        distance = max((distances[name] for name in names), default=0.0)
+        return distance / size if size > 0 else distance
 
 
 def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

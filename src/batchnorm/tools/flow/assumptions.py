@@ -1,9 +1,9 @@
 """Records what a forward calls and reads while it is traced.
 
-A trace holds what happens to tensors. Whatever else the forward looks at (flags, attributes, the
-clock) would silently become a constant of the graph. So each function that the forward calls and
-each attribute that it reads must be known to be harmless, or becomes a condition of the trace, or
-the forward is refused with a reason.
+A graph records what happens to tensors. Everything else that the forward looks at (flags,
+attributes, the clock) would silently become a constant of it. So each function that the forward
+calls and each attribute that it reads must be known to be harmless, or becomes a condition of the
+trace, or the forward is refused with a reason.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def fingerprint(value: Any) -> Any:
 
 
 def is_constant(value: Any) -> bool:
-    """Tells whether a default argument can be trusted to stay what it is."""
+    """Tells if a default argument can be trusted to stay what it is."""
     return _is_comparable(value) or inspect.isroutine(value) or isinstance(value, type)
 
 
@@ -108,7 +108,7 @@ def _is_comparable(value: Any) -> bool:
 
 
 class Assumptions:
-    """Conditions under which the trace of a module's forward is right, collected while it runs.
+    """Conditions under which the trace of a module's forward is valid, collected while it runs.
 
     Attributes:
         paths: Names of the children from the traced module to each module in it, by ``id``.
@@ -140,7 +140,7 @@ class Assumptions:
         """Watches a function from now on, before it runs for the first time.
 
         Raises:
-            Unproven: It does what neither a graph nor a condition can hold.
+            Unproven: It does what neither a graph nor a condition can express.
         """
         inner = code.co_name.startswith("<")
         if not inner and any(name != "__class__" for name in code.co_freevars):
@@ -191,7 +191,7 @@ class Assumptions:
             self._check_python_function(frame)
 
     def _check_c_function(self, frame: FrameType, function: Any) -> None:
-        """A function written in C must be harmless, or become a node (`check_calls`)."""
+        """Admits functions written in C that are harmless, or become a node (`check_calls`)."""
         name = getattr(function, "__name__", str(function))
         if function is isinstance:
             self._check_isinstance(frame)
@@ -209,7 +209,7 @@ class Assumptions:
         raise Unproven(f"calls {name}()")
 
     def _check_isinstance(self, frame: FrameType) -> None:
-        """``isinstance(argument, Tensor)`` is false of a traced argument, as it is of a list."""
+        """Admits ``isinstance(argument, Tensor)``: false of a traced argument, as of a list."""
         steps = [step for step in _steps(frame.f_code) if step.offset < frame.f_lasti]
         while steps[-1].opname in ("PRECALL", "CALL"):
             steps.pop()
@@ -224,7 +224,7 @@ class Assumptions:
         self.lists.add(subject.argval)
 
     def _check_python_function(self, frame: FrameType) -> None:
-        """A function written in Python is watched too, unless it is torch's and harmless."""
+        """Watches functions written in Python too, unless they are torch's and harmless."""
         code, module = frame.f_code, frame.f_globals.get("__name__", "")
         if module in _OURS:
             return
@@ -263,7 +263,7 @@ def _steps(code: CodeType) -> list[dis.Instruction]:
 
 
 def _loads_argument(step: dis.Instruction, code: CodeType) -> bool:
-    """Tells whether a step loads an argument as it was given."""
+    """Tells if a step loads an argument as it was given."""
     if not step.opname.startswith("LOAD_FAST") or isinstance(step.argval, tuple):
         return False
     stores = [s.argval for s in _steps(code) if s.opname.startswith("STORE_FAST")]

@@ -1,4 +1,4 @@
-"""Traces the forward of one module to a graph, with the conditions under which the graph is right.
+"""Traces the forward of one module to a graph, with the conditions under which it is valid.
 
 ``torch.fx`` brings the graph and the proxies. Its ``Tracer`` is not used, because it replaces
 methods of ``nn.Module`` for the whole process while it traces. Here only the traced module and the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from batchnorm.tools.flow.assumptions import Assumptions, Read, Unproven, finger
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward as a graph, right as long as its conditions hold.
+    """Graph of a forward, valid while its conditions are met.
 
     Attributes:
         graph: Every operation in order, each call of a module in the traced one as one node.
@@ -41,8 +42,10 @@ class Trace:
     children: tuple[str, ...]
     reads: tuple[Read, ...]
 
-    def holds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tells whether the graph computes what the forward would for this call."""
+    def is_valid_for(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Tells if the graph computes what the forward would for this call."""
         if kwargs or len(args) != len(self.arguments) or tuple(module._modules) != self.children:
             return False
         for argument, kind in zip(args, self.arguments, strict=True):
@@ -141,14 +144,13 @@ class _InPlace:
     """``x += y`` on a traced tensor, which fx would record as ``x = x + y``."""
 
     def __init_subclass__(cls) -> None:
-        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
-            setattr(cls, f"__i{name}__", _recorded(getattr(operator, f"i{name}")))
-        for name in ("and", "or", "xor", "lshift", "rshift"):
+        arithmetic = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+        for name in (*arithmetic, "and", "or", "xor", "lshift", "rshift"):
             setattr(cls, f"__i{name}__", _recorded(getattr(operator, f"i{name}")))
 
 
 def _recorded(target: Callable[..., Any]) -> Callable[..., Any]:
-    @no_type_check  # A run-time check would stand between the forward and this function.
+    @no_type_check  # A run-time check would be called between the forward and this function.
     def method(proxy: fx.Proxy, other: Any) -> fx.Proxy:
         return proxy.tracer.create_proxy("call_function", target, (proxy, other), {})
 
@@ -227,31 +229,25 @@ def _observed_class(
 
     @no_type_check  # as in `_recorded`
     def read(module: nn.Module, name: str) -> Any:
-        is_watched = sys._getframe(1).f_code in assumptions.watched
-        try:
-            value = kind.__getattribute__(module, name)
-        except AttributeError:
-            if is_watched:
-                assumptions.record_read(module, name, _registered(module, name))
-            raise
-        if is_watched:
+        value = kind.__getattribute__(module, name)
+        if sys._getframe(1).f_code in assumptions.watched:
             assumptions.record_read(module, name, value)
         return value
 
     @no_type_check
     def read_registered(module: nn.Module, name: str) -> Any:
-        return tracer.tensor(kind.__getattr__(module, name))
+        value = None
+        try:
+            value = kind.__getattr__(module, name)
+        finally:
+            if sys._getframe(1).f_code in assumptions.watched:
+                assumptions.record_read(module, name, value)  # None: the attribute is missing.
+        return tracer.tensor(value)
 
     @no_type_check
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return tracer.call(module, args, kwargs)
 
     body = {"__getattribute__": read, "__getattr__": read_registered, "__call__": call}
-    return type(kind)(kind.__name__, (_SilentBase, kind), body)
-
-
-def _registered(module: nn.Module, name: str) -> Any:
-    for kind in ("_parameters", "_buffers", "_modules"):
-        if name in module.__dict__[kind]:
-            return module.__dict__[kind][name]
-    return None
+    bases = (_SilentBase, kind)
+    return types.new_class(kind.__name__, bases, exec_body=lambda names: names.update(body))

@@ -35,6 +35,7 @@ from batchnorm.tools.recalibration.passes import (
     layer_by_layer,
 )
 from batchnorm.tools.recalibration.result import LayerChange, Recalibration
+from batchnorm.tools.wording import counted
 
 
 def recalibrate(
@@ -180,13 +181,12 @@ def _check_alike(of_ranks: list[tuple[tuple[str, ...], bool]]) -> None:
         if other != of_ranks[0]:
             raise ValueError(
                 "recalibrate: all ranks must give the same layers and the same sequential, and "
-                f"rank {rank} differs from rank 0 with {_described(*other)} against "
-                f"{_described(*of_ranks[0])}."
+                f"rank {rank} has {_described(*other)}, but rank 0 has {_described(*of_ranks[0])}."
             )
 
 
 def _described(names: tuple[str, ...], sequential: bool) -> str:
-    return f"{len(names)} layers" + (", sequential" if sequential else "")
+    return counted(len(names), "layer") + (" in sequence" if sequential else "")
 
 
 def _collectors(
@@ -220,7 +220,7 @@ def _obstacle(model: nn.Module, layer: _BatchNorm) -> str | None:
 
 
 def _isolated(model: nn.Module, collectors: Iterable[MomentCollector]) -> Handle:
-    """Lets the collectors control their layers, and keeps all buffers of the model as they are.
+    """Gives the collectors control of their layers, and protects all buffers of the model.
 
     The other batch norm layers that have running statistics normalize by them. Buffers of other
     modules may change (spectral norms, queues) and are restored. ``DistributedDataParallel`` sends

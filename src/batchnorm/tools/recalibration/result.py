@@ -1,4 +1,4 @@
-"""Results of `recalibrate`, as plain data and as a table."""
+"""Results of `recalibrate`, as data and as a table."""
 
 from __future__ import annotations
 

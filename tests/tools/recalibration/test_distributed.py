@@ -192,8 +192,8 @@ DIFFERENT = "ValueError: recalibrate: all ranks must give the same layers and th
             [
                 (f"rank 1 failed, {REST}: ValueError: recalibrate: no batch", "layer fits '9'"),
                 ("between 0 and 1, got 2", f"rank 0 failed, {REST}: ValueError: recalibrate: tol"),
-                (f"{DIFFERENT}and rank 1 differs from rank 0 with 1 layers against 2 layers.",) * 2,
-                (f"{DIFFERENT}and rank 1 differs from rank 0 with 2 layers, sequential aga",) * 2,
+                (f"{DIFFERENT}and rank 1 has 1 layer, but rank 0 has 2 layers.",) * 2,
+                (f"{DIFFERENT}and rank 1 has 2 layers in sequence, but rank 0 has 2 la",) * 2,
             ],
         ),
         (

@@ -1,0 +1,189 @@
+"""The four kernels: forward and backward, of planes and of columns, in one stage or in several.
+
+Each function here makes the kernel for one dtype: ``element`` is stored, ``number`` is computed.
+``optional_at`` is `array_at` if there may be a residual and a mask, else `no_array`; then nothing
+is compiled for them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from batchnorm.kernels.compiled import coefficients, columns, planes
+from batchnorm.kernels.compiled.channel_sums import SUMS, merge_moments
+from batchnorm.kernels.compiled.coefficients import merge_grads, prepare, take_means
+from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.maps import Tensors
+from batchnorm.kernels.compiled.rows import Sums
+from batchnorm.kernels.compiled.task import (
+    APPLY,
+    COLLECT,
+    MERGE,
+    PREPARE,
+    TAKE_MEANS,
+    share,
+    steps_of,
+    task_at,
+)
+
+
+def _arrays_of(element, number, optional_at):
+    """Makes the functions that turn the addresses of a task into arrays."""
+
+    @njit
+    def tensors_of(task, rows, width):
+        shape = (rows, width)
+        return Tensors(
+            array_at(task.x, shape, element),
+            optional_at(task.residual, shape, element),
+            array_at(task.y, shape, element),
+            optional_at(task.mask, (rows, (width + 7) // 8), np.uint8),
+            array_at(task.grad, shape, element),
+            array_at(task.grad_x, shape, element),
+            array_at(task.grad_before_relu, shape, element),
+        )
+
+    @njit
+    def vectors_of(task):
+        """Weight and bias."""
+        shape = (task.channels,)
+        return array_at(task.weight, shape, number), array_at(task.bias, shape, number)
+
+    @njit
+    def scratch_of(task, width):
+        """Partial sums and coefficients, of as many columns."""
+        partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
+        at = task.scratch + task.coefficients
+        return partials, array_at(at, (coefficients.ROWS, width), number)
+
+    return tensors_of, vectors_of, scratch_of
+
+
+def _sums_of(number):
+    @njit
+    def sums_of(task, thread, team):
+        work = array_at(task.scratch + task.work, (team, *planes.WORK), np.float64)
+        recent = array_at(task.scratch + task.recent, (team, *planes.RECENT), number)
+        return Sums(work[thread], recent[thread])
+
+    return sums_of
+
+
+def forward_of_planes(element, number, optional_at):
+    """Makes the forward kernel of planes."""
+    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    sums_of = _sums_of(number)
+
+    def forward(pointer, thread, team):
+        task = task_at(pointer)
+        tensors = tensors_of(task, task.rows * task.channels, task.length)
+        weight, bias = vectors_of(task)
+        partials, numbers = scratch_of(task, task.channels)
+        sums, steps = sums_of(task, thread, team), steps_of(task)
+        channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
+        group = planes.channels_at_a_time(task, steps, tensors.x, 1)
+        for first in range(channels[0], channels[1], group):
+            last = min(first + group, channels[1])
+            if steps & COLLECT:
+                planes.collect(tensors.x, task.channels, partials, sums, first, last, of_slabs)
+            if steps & MERGE:
+                samples = array_at(task.x, (task.rows, task.channels, task.length), element)
+                merge_moments(task, samples, partials, first, last)
+            if steps & PREPARE:
+                prepare(task, numbers, weight, bias, first, last)
+            if steps & APPLY:
+                planes.normalize(task, tensors, numbers, first, last, of_pieces)
+
+    return forward
+
+
+def backward_of_planes(element, number, optional_at):
+    """Makes the backward kernel of planes."""
+    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    sums_of = _sums_of(number)
+
+    def backward(pointer, thread, team):
+        task = task_at(pointer)
+        tensors = tensors_of(task, task.rows * task.channels, task.length)
+        weight, bias = vectors_of(task)
+        partials, numbers = scratch_of(task, task.channels)
+        sums, steps = sums_of(task, thread, team), steps_of(task)
+        channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
+        group = planes.channels_at_a_time(task, steps, tensors.x, 2)
+        for first in range(channels[0], channels[1], group):
+            last = min(first + group, channels[1])
+            if steps & PREPARE:
+                prepare(task, numbers, weight, bias, first, last)
+            if steps & COLLECT:
+                planes.grad_sums(task, tensors, partials, numbers, sums, first, last, of_slabs)
+            if steps & MERGE:
+                merge_grads(task, partials, numbers, first, last)
+            if steps & TAKE_MEANS:
+                take_means(task, numbers, first, last)
+            if steps & APPLY:
+                planes.grad_input(task, tensors, numbers, first, last, of_pieces)
+
+    return backward
+
+
+def forward_of_columns(element, number, optional_at):
+    """Makes the forward kernel of columns."""
+    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+
+    def forward(pointer, thread, team):
+        task = task_at(pointer)
+        width = task.fold * task.channels * task.repeat
+        tensors = tensors_of(task, task.rows, width)
+        weight, bias = vectors_of(task)
+        partials, numbers = scratch_of(task, width)
+        work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
+        steps = steps_of(task)
+        channels, own = columns.shares(task, width, thread, team)
+        from_slab, to_slab = share(task.slabs, thread, team)
+        if steps & COLLECT:
+            for slab in range(from_slab, to_slab):
+                columns.collect(tensors.x, partials, work, slab)
+        if steps & MERGE:
+            columns.gather_moments(partials, own[0], own[1])
+            shape = (task.rows * task.fold, task.channels, task.repeat)
+            samples = array_at(task.x, shape, element)
+            merge_moments(task, samples, partials[:1], channels[0], channels[1])
+        if steps & PREPARE:
+            prepare(task, numbers, weight, bias, channels[0], channels[1])
+        if steps & APPLY:
+            for slab in range(to_slab - 1, from_slab - 1, -1):
+                columns.normalize(task, tensors, numbers, slab)
+
+    return forward
+
+
+def backward_of_columns(element, number, optional_at):
+    """Makes the backward kernel of columns."""
+    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+
+    def backward(pointer, thread, team):
+        task = task_at(pointer)
+        width = task.fold * task.channels * task.repeat
+        tensors = tensors_of(task, task.rows, width)
+        weight, bias = vectors_of(task)
+        partials, numbers = scratch_of(task, width)
+        work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
+        steps = steps_of(task)
+        channels, own = columns.shares(task, width, thread, team)
+        from_slab, to_slab = share(task.slabs, thread, team)
+        if steps & PREPARE:
+            prepare(task, numbers, weight, bias, channels[0], channels[1])
+        if steps & COLLECT:
+            for slab in range(from_slab, to_slab):
+                columns.grad_sums(task, tensors, partials, numbers, work, slab)
+        if steps & MERGE:
+            columns.gather_grads(partials, own[0], own[1])
+            merge_grads(task, partials[:1], numbers, channels[0], channels[1])
+        if steps & TAKE_MEANS:
+            take_means(task, numbers, channels[0], channels[1])
+        if steps & APPLY:
+            for slab in range(to_slab - 1, from_slab - 1, -1):
+                columns.grad_input(task, tensors, numbers, slab)
+
+    return backward

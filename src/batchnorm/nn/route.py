@@ -1,0 +1,134 @@
+"""The one place that decides how a call is computed: its *route*.
+
+There are four. The route says how torch gets to the numbers; `batchnorm.kernels.dispatch` says
+which backend makes them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import torch_internals
+from batchnorm.kernels import dispatch
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+class Route(Enum):
+    """How torch gets to the numbers of a call.
+
+    Attributes:
+        DIRECT: Python calls a backend, inside a `torch.autograd.Function` where gradients are
+            recorded. For ordinary CPU tensors in eager mode, for which torch's dispatcher has
+            nothing to do and costs more than a small kernel.
+        OPERATOR: ``torch.ops.batchnorm.forward`` and ``.backward``, which call a backend when they
+            run. For everything that torch has to see: compiled code, fake tensors, subclasses,
+            other devices.
+        FORMULA: The reference's formula in ordinary torch operations, differentiable to any order.
+            For ``torch.func`` transforms, forward mode and gradients of gradients
+            (``docs/decisions/0002-higher-derivatives.md``).
+        ATEN: ``torch.nn.functional.batch_norm`` in inference, the formula in training. For graphs
+            that run without this library, or that a compiler fuses
+            (``docs/decisions/0003-exported-programs-hold-aten-only.md``).
+    """
+
+    DIRECT = "direct"
+    OPERATOR = "operator"
+    FORMULA = "formula"
+    ATEN = "aten"
+
+
+def choose(
+    *tensors: Tensor | None,
+    backend: str | None = None,
+    training: bool = True,
+    differentiable: bool = False,
+) -> Route:
+    """Chooses the route of a call.
+
+    Args:
+        *tensors: The tensors that the call reads or changes.
+        backend: The backend that the user named; a graph then holds our operator, which obeys it.
+        training: Whether the batch's own statistics normalize.
+        differentiable: Whether torch has to differentiate what the call does, as in a backward
+            pass with ``create_graph=True``.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling and backend is None and (torch.compiler.is_exporting() or not training):
+        return Route.ATEN
+    if differentiable and not compiling:
+        return Route.FORMULA
+    if not compiling and may_skip_dispatcher(*tensors):
+        return Route.DIRECT
+    return Route.FORMULA if torch_internals.is_transformed() else Route.OPERATOR
+
+
+def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher has nothing to do for these tensors in eager mode.
+
+    It has where a mode or a tracer records, under a transform, and for a tensor that is a subclass,
+    is not on the CPU, wraps another one (as in ``torch.autograd.grad(..., is_grads_batched=True)``)
+    or stands for the negative of its memory.
+    """
+    if (
+        not torch_internals.KNOWS_TRANSFORMS
+        or torch_internals.is_recorded()
+        or torch_internals.is_transformed()
+    ):
+        return False
+    has_storage = torch_internals.has_storage
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _ORDINARY
+            and tensor.is_cpu
+            and has_storage(tensor)
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def which_backend(x: Tensor, backend: str | None = None, *, training: bool = True) -> str:
+    """Says who computes ``x``, by which route, and why the fast kernels do not if they do not.
+
+    It answers for the place where it is called: inside ``torch.func.grad``, for example, it names
+    the formula.
+
+    Args:
+        x: The input, (N, C, ...).
+        backend: ``"numba"``, ``"reference"``, or None for the choice of the library.
+        training: Whether the layer is in training mode; in compiled code that makes a difference.
+
+    Returns:
+        One to three sentences.
+
+    Raises:
+        ValueError: There is no backend of that name.
+        RuntimeError: It cannot take ``x``; the message says why.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> x = torch.zeros(8, 16, 30, 30, device="meta")
+        >>> print(batchnorm.which_backend(x, "reference"))
+        The reference computes this input, in eager torch and float64. torch calls it through the \
+operator torch.ops.batchnorm.forward.
+    """
+    route = choose(x, backend=backend, training=training)
+    if route is Route.FORMULA:
+        dispatch.require_reference(backend, IN_TRANSFORM)
+        return (
+            "The reference's formula computes this input, in ordinary torch operations: "
+            f"{IN_TRANSFORM}."
+        )
+    if route is Route.ATEN:
+        return "torch's own operations compute this input, because it is compiled or exported."
+    text = dispatch.describe(x, backend)
+    if route is Route.DIRECT:
+        return text
+    return f"{text} torch calls it through the operator torch.ops.batchnorm.forward."
+
+
+IN_TRANSFORM = "it is inside a transform (torch.func, vmap or forward mode)"
