@@ -1,4 +1,4 @@
-"""What the commands share: options, one sentence for bad input, JSON on standard output."""
+"""Shared by the commands: options, one sentence for bad input, JSON on standard output."""
 
 from __future__ import annotations
 
