@@ -1,4 +1,4 @@
-"""The section about what arrives at the sigmoids in the course of the training."""
+"""The section about the inputs of the sigmoids in the course of the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.experiment.results import QUANTILES, Inputs
 
 
 def pre_activations(edition: Edition) -> Section:
-    """Quantile bands by epoch, a row a layer and a column a run, one vertical axis a row."""
+    """Draws quantile bands by epoch: a row per layer with one vertical axis, a column per run."""
     say = edition.say
     layers = dict.fromkeys(
         band.layer for shown in edition.shown for band in shown.run.pre_activations

@@ -1,4 +1,4 @@
-"""The sections about single channels: γ and β, and how true their stored statistics are."""
+"""The sections about single channels: γ and β, and the errors of the running statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Values = Callable[[NormLayer], Sequence[float]]
 
 @dataclass(frozen=True)
 class Strip:
-    """One value per channel, to be drawn as a strip of dots a layer."""
+    """A chart with a strip of dots per layer, one dot per channel."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ class Strip:
 
 
 def parameters(edition: Edition) -> Section:
-    """What γ and β of every channel have become."""
+    """Shows γ and β of every channel at the end of the training."""
     say = edition.say
     strips = [
         Strip("gamma", say("parameters.gamma"), say("axis.gamma"), _gamma, scales.AROUND_1),
@@ -48,7 +48,7 @@ def parameters(edition: Edition) -> Section:
 
 
 def statistics(edition: Edition) -> Section:
-    """How far each channel's running statistics are from the population's."""
+    """Shows the distance of each channel's running statistics from the population's."""
     say = edition.say
     strips = [
         Strip("shift", say("statistics.shift"), say("axis.shift"), _shift, scales.AROUND_0),
@@ -109,7 +109,7 @@ def _panels(edition: Edition, strips: Sequence[Strip]) -> list[Panel]:
 
 
 def _bounds(edition: Edition, strip: Strip) -> tuple[float, float]:
-    """One horizontal axis for all runs, so that they can be compared."""
+    """Returns the ends of one horizontal axis for all runs, so that they can be compared."""
     places = [
         strip.scale.place(value)
         for shown in _with_layers(edition)
@@ -146,7 +146,7 @@ def _panel(edition: Edition, shown: Shown, strip: Strip, ends: tuple[float, floa
 
 
 def _printed(edition: Edition) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """γ and β of the first layer as numbers, where it has few channels."""
+    """Prints γ and β of the first layer as numbers, if it has few channels."""
     printed = []
     for shown in _with_layers(edition):
         layer = shown.run.norm_layers[0]

@@ -1,4 +1,4 @@
-"""One language edition of the results: the runs with the names and styles they go by."""
+"""The results in one language: the runs with their names and styles, and the parts of a page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Swatch:
-    """An entry of a legend: a picture of the template and what it means, for one run or for all."""
+    """An entry of a legend: a picture of the template and its meaning, for one run or for all."""
 
     kind: str
     label: str
@@ -30,7 +30,7 @@ class Swatch:
 
 @dataclass(frozen=True)
 class Shown:
-    """A run as the page shows it; position counts from 0 and picks the style."""
+    """A run with its name on the page; ``position`` counts from 0 and picks the style."""
 
     position: int
     run: Run
@@ -68,7 +68,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter: what to see and why, the charts, what to know below them, their numbers."""
+    """A chapter: text, charts, text below them, and tables of their numbers."""
 
     key: str
     title: str
@@ -82,7 +82,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Edition:
-    """Results with the words to tell them in."""
+    """Results, and the function that says sentences in one language."""
 
     results: Results
     say: Say

@@ -18,7 +18,7 @@ LAST = 5
 
 
 def estimates(edition: Edition) -> Section:
-    """Test accuracy with running and with population statistics, for each run that has both."""
+    """Shows test accuracy with running and with population statistics, for runs with batch norm."""
     say = edition.say
     values = [
         value
@@ -69,7 +69,7 @@ def _definitions(edition: Edition) -> list[str]:
 
 
 def _remembered() -> tuple[int, str]:
-    """The number 1 / m of mini-batches, and their weight in a running statistic."""
+    """Returns the number 1 / m of mini-batches, and their weight in a running statistic."""
     recent = round(1 / MOMENTUM)
     return recent, f"{100 * (1 - (1 - MOMENTUM) ** recent):.0f}%"
 

@@ -37,7 +37,7 @@ class Headline:
 
 
 def headline(edition: Edition) -> Headline:
-    """Say what came out, under which settings, and which runs did not end well."""
+    """Says the result, the settings, and which runs did not end well."""
     results, data = edition.results, edition.results.data
     compared = results.baseline is not None and bool(edition.normalized)
     key = "page.title_compared" if compared else "page.title"
@@ -54,7 +54,7 @@ def headline(edition: Edition) -> Headline:
 
 
 def _lead(edition: Edition) -> str:
-    """Compare the one run with batch norm to the one without, if both ended well."""
+    """Compares the one run with batch norm to the one without, if both ended well."""
     say, runs = edition.say, edition.results.runs
     sound = all(run.complete and run.epochs and run.diverged_in is None for run in runs)
     plain = edition.results.baseline

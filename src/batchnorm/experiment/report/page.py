@@ -1,4 +1,4 @@
-"""One HTML file that tells the results: offline, in light and dark, for desktop and phone."""
+"""The results as one HTML file: offline, in light and dark, for desktop and phone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchnorm.files import write_text
 
 
 def render(results: Results, lang: str = "en") -> str:
-    """Tell the results of a training comparison as one self-contained HTML page.
+    """Makes one self-contained HTML page of the results of a run.
 
     Args:
         results: Results of a run, finished or not; numbers may be NaN.
@@ -52,16 +52,16 @@ def render(results: Results, lang: str = "en") -> str:
 
 
 def write(results: Results, path: Path, lang: str = "en") -> None:
-    """Render the page and put it at a path, whole or not at all.
+    """Writes the page to a path, whole or not at all.
 
     Args:
-        results: as for `render`.
-        path: the file to write; one that is there is replaced.
+        results: As for `render`.
+        path: Path of the file; one that exists is replaced.
         lang: ``en`` or ``zh``.
 
     Raises:
-        ValueError: as for `render`; nothing has been written then.
-        FileNotFoundError: the folder does not exist.
+        ValueError: As for `render`; nothing has been written then.
+        FileNotFoundError: The folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it.")

@@ -16,15 +16,15 @@ LAST = 5
 
 
 def table(results: Results, lang: str = "en") -> Table:
-    """Tell where each run ended: one row a run, with the range of its last five epochs.
+    """Makes a table of the last epochs, one row per norm.
 
     Args:
         results: Results of a run, finished or not; numbers may be NaN.
         lang: ``en`` or ``zh``.
 
     Returns:
-        A rich table that fits 80 columns. Below a test accuracy stands its range over the last
-        five epochs, because one epoch of it says little at a high learning rate.
+        A rich table that fits 80 columns. A test accuracy has its range over the last five epochs
+        below it, because one epoch says little at a high learning rate.
 
     Raises:
         ValueError: There is no such language.

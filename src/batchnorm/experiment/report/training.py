@@ -16,7 +16,7 @@ Write = Callable[[float], str]
 
 
 def curves(edition: Edition) -> Section:
-    """Loss, accuracies and speed by epoch, all runs in each chart."""
+    """Shows loss, accuracies and speed by epoch, all runs in each chart."""
     say = edition.say
     charted = (
         ("loss", say("curves.loss"), say("axis.loss"), 1.0, numerals.decimal),
@@ -75,7 +75,7 @@ def _curve(edition: Edition, field: str, title: str, axis: str, unit: float, wri
 
 
 def _overtaking(edition: Edition) -> list[str]:
-    """When each run with batch norm passes what the run without ends at."""
+    """Says when each run with batch norm passes the final accuracy of the run without."""
     baseline = edition.results.baseline
     if baseline is None or not baseline.epochs:
         return []
