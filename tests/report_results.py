@@ -30,6 +30,7 @@ def results(norms=("batchnorm", "none"), epochs=10, layers=None, seed=0):
             "test_examples": 10000,
         },
         "settings": {
+            "norms": list(norms),
             "epochs": 10,
             "batch_size": 256,
             "seed": 0,
@@ -75,11 +76,11 @@ def points(norm, depth, epochs, chance):
     bands = []
     for epoch in range(epochs + 1):
         if norm == "none":
-            width, centre = 0.4 + 0.25 * epoch * (depth + 1) ** 0.5, -0.2 * epoch * (depth - 1.2)
+            width, center = 0.4 + 0.25 * epoch * (depth + 1) ** 0.5, -0.2 * epoch * (depth - 1.2)
         else:
-            width, centre = 1.0 + 0.12 * epoch / (depth + 1), 0.15 * epoch / (depth + 2)
+            width, center = 1.0 + 0.12 * epoch / (depth + 1), 0.15 * epoch / (depth + 2)
         width *= chance.uniform(0.94, 1.06)
-        quantiles = [centre + width * z for z in (-1.62, -0.68, 0.03, 0.7, 1.7)]
+        quantiles = [center + width * z for z in (-1.62, -0.68, 0.03, 0.7, 1.7)]
         bands.append({"epoch": epoch, "quantiles": quantiles})
     return bands
 

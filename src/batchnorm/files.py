@@ -17,11 +17,11 @@ from typing import IO, Any
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that appears at ``path`` when the block ends, and never if the block fails.
 
-    It is on the disk before it gets its name, so that also after a crash of the machine what is
-    there is whole: the old one or the new one.
+    The content is on the disk before the file gets its name. So ``path`` holds either the whole
+    old file or the whole new one, also after a crash of the machine.
 
     Args:
-        path: What is there is replaced; the folder must exist.
+        path: Path of the file; one that exists is replaced. The folder must exist.
 
     Raises:
         OSError: The folder does not exist or cannot be written.
@@ -37,38 +37,38 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         os.unlink(temporary)
         raise
-    _keep_names(path.parent)
+    _sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Puts ``text``, in UTF-8, at ``path``."""
+    """Writes ``text`` to ``path`` in UTF-8, whole or not at all."""
     with whole_file(path) as file:
         file.write(text.encode())
 
 
-def _keep_names(folder: Path) -> None:
-    """Puts the names of a folder's files on the disk, or a crash may bring back old ones."""
+def _sync_folder(folder: Path) -> None:
+    """Puts the names of a folder's files on the disk; else a crash may bring back the old ones."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # Some file systems keep names only as they like.
+        if error.errno != errno.EINVAL:  # Some file systems cannot sync a folder.
             raise
     finally:
         os.close(descriptor)
 
 
 def _umask() -> int:
-    """What the user takes away from the rights of new files; it can only be read by setting it."""
+    """Returns the user's file mode mask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def as_json(value: Any) -> str:
-    """JSON in one line, with null for numbers that JSON does not have (NaN, infinities)."""
+    """Returns JSON in one line, with null for NaN and infinities, which JSON does not have."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it, in a process of its own where that is quick."""
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -12,7 +13,10 @@ import pytest
 from rich.cells import cell_len
 
 from batchnorm import __version__, cli
-from batchnorm.experiment.data import Dataset
+from batchnorm.cli.options import announce_compilation
+from batchnorm.cli.progress import Bar
+from batchnorm.experiment.data import DIGITS, Dataset
+from batchnorm.experiment.defaults import FOR_DIGITS
 from training_cases import EPOCH_FIELDS, pattern
 
 # typer demands the annotation typer.Context and hands over an object of another class.
@@ -124,6 +128,16 @@ def test_missing_library_of_the_command_line_is_named(tmp_path):
     )
 
 
+def test_missing_library_of_a_command_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    code, _, err = run(capsys, "train", "--norm", "none")
+    assert code == 2
+    assert err == (
+        "batchnorm: this command needs platformdirs, which is not installed; "
+        "install it with pip install 'batchnorm[cli]'.\n"
+    )
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_explain_prints_the_numbers_of_the_notes(lang):
     done = command("explain", "--lang", lang)
@@ -142,6 +156,18 @@ def test_explain_as_json(capsys):
     assert len(example["steps"]) > 10
 
 
+def test_compilation_of_kernels_is_announced_once(capsys):
+    logger = logging.getLogger("batchnorm.kernels")
+    announce_compilation()
+    assert capsys.readouterr().err == ""
+    logger.info("compiling %s", "forward")
+    logger.info("compiling %s", "backward")
+    assert capsys.readouterr().err == (
+        "Compiling the CPU kernels for this machine (once; about half a minute).\n"
+    )
+    assert logger.handlers == []
+
+
 def test_train_writes_everything(capsys, tmp_path, small_images):
     out_dir = tmp_path / "run"
     code, out, err = run(capsys, "train", *SMALL, "--out", out_dir)
@@ -156,6 +182,22 @@ def test_train_writes_everything(capsys, tmp_path, small_images):
     code, out, err = run(capsys, "train", *SMALL, "--out", out_dir)
     assert code == 2
     assert "already holds a run; continue it with --resume" in err
+
+
+def test_digits_have_other_defaults_and_every_output_says_what_they_are(
+    capsys, tmp_path, small_images, monkeypatch
+):
+    digits = Dataset(DIGITS, "this test", *pattern(130, 0), *pattern(60, 1), tuple("0123"))
+    monkeypatch.setattr("batchnorm.experiment.data.load", lambda *args, **kwargs: digits)
+    arguments = ["--epochs", "1", "--norm", "none", "--threads", "1"]
+    code, out, _ = run(capsys, "train", *arguments, "--out", tmp_path / "run")
+    assert code == 0
+    assert out.startswith("Fashion-MNIST could not be found or downloaded.")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"]["batch_size"] == FOR_DIGITS.batch_size
+    assert config["data"]["stand_in"] is True
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.index("could not be found or downloaded") < page.index('class="lead"')
 
 
 def test_train_as_json_is_one_object(capsys, tmp_path, small_images):
@@ -174,18 +216,19 @@ def test_ctrl_c_reports_and_resume_goes_on(capsys, tmp_path, small_images, monke
     whole = tmp_path / "whole"
     arguments = [*SMALL, "--norm", "torch"]
 
+    update = Bar.update
+
     def interrupt(self, examples):
-        if self._progress.tasks[0].completed > 300:
+        update(self, examples)
+        if self.done > 300:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("batchnorm.experiment.progress.TrainingProgress.step", interrupt)
-        patch.setattr(
-            "batchnorm.experiment.progress.TrainingProgress.epoch",
-            lambda self, record: self._progress.advance(self._task, 301),
-        )
+        patch.setattr("batchnorm.cli.progress.Bar.update", interrupt)
         code, _, err = run(capsys, "train", *arguments, "--out", out_dir)
     assert code == 130
+    assert "torch 1/2: loss " in err
+    assert " running / " in err
     assert f"Interrupted; go on with: batchnorm train --resume {out_dir}" in err
     assert (out_dir / "report.html").exists()
     assert json.loads((out_dir / "report.json").read_text())["runs"][0]["complete"] is False

@@ -1,14 +1,18 @@
+import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from batchnorm.experiment import norm_layers, population
-from batchnorm.experiment.data import Dataset
+from batchnorm.experiment import norm_layers, population, training
+from batchnorm.experiment.data import DIGITS, FASHION_MNIST, Dataset
+from batchnorm.experiment.defaults import D2L, FOR_DIGITS, Defaults, defaults_for
+from batchnorm.experiment.results import Settings
 from batchnorm.experiment.run_directory import RunDirectory, RunError
-from batchnorm.experiment.training import Comparison, Settings
+from batchnorm.experiment.training import Comparison
 from batchnorm.kernels import reference
 from batchnorm.moments import unbiased_var
 from batchnorm.nets.lenet import NORMS, lenet
@@ -29,8 +33,8 @@ class Quiet:
         if self.stop_in == (self.seen[-1][0], len(self.seen)):
             raise KeyboardInterrupt
 
-    def epoch(self, record):
-        self.seen.append((record["norm"], record["epoch"]))
+    def epoch(self, norm, record):
+        self.seen.append((norm, record.epoch))
 
 
 @pytest.fixture(scope="module")
@@ -39,42 +43,55 @@ def small_data():
     return Dataset("patterns", "this test", *train, *test, tuple("0123456789"))
 
 
-def compare(path, data, listener=None, **settings):
-    settings = {"batch_size": 64, "epochs": 2, "population_examples": 130, **settings}
+def settings(**chosen):
+    return Settings(
+        **{
+            "norms": ["batchnorm", "none"],
+            "epochs": 2,
+            "batch_size": 64,
+            "seed": 0,
+            "threads": 1,
+            "device": "cpu",
+            "population_examples": 130,
+            **chosen,
+        }
+    )
+
+
+def compare(path, data, listener=None, **chosen):
     directory = RunDirectory(path)
-    comparison = Comparison(Settings(**settings), data, directory)
+    comparison = Comparison(settings(**chosen), data, directory)
     if not (path / "config.json").exists():
-        plain = {"settings": comparison.results()["settings"], "data": comparison.description}
-        directory.create(json.loads(json.dumps(plain)))
+        directory.create(comparison.results)
     comparison.train(listener or Quiet())
-    return comparison.results()
+    return comparison.results
 
 
 def without_speed(results):
     return [
-        {key: value for key, value in epoch.items() if key != "examples_per_second"}
-        for run in results["runs"]
-        for epoch in run["epochs"]
+        epoch.model_copy(update={"examples_per_second": 0.0})
+        for run in results.runs
+        for epoch in run.epochs
     ]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_all_batch_norms_train_to_the_same_curve(tmp_path, small_data, seed):
-    norms = ("batchnorm", "scratch", "torch")
+    norms = ["batchnorm", "scratch", "torch"]
     results = compare(tmp_path, small_data, norms=norms, seed=seed, epochs=3)
-    ours, scratch, torchs = ([e["loss"] for e in run["epochs"]] for run in results["runs"])
+    ours, scratch, torchs = (run.series("loss") for run in results.runs)
     assert ours == pytest.approx(torchs, rel=1e-4)
     assert scratch == pytest.approx(torchs, rel=1e-4)
     assert ours[-1] < 0.8 * ours[0]
-    other = compare(tmp_path / "other", small_data, norms=("torch",), seed=seed + 2, epochs=3)
-    assert torchs != pytest.approx([e["loss"] for e in other["runs"][0]["epochs"]], rel=1e-4)
+    other = compare(tmp_path / "other", small_data, norms=["torch"], seed=seed + 2, epochs=3)
+    assert torchs != pytest.approx(other.runs[0].series("loss"), rel=1e-4)
 
 
 def test_same_seed_same_bits(tmp_path, small_data):
     first = compare(tmp_path / "a", small_data, epochs=1)
     second = compare(tmp_path / "b", small_data, epochs=1)
     assert without_speed(first) == without_speed(second)
-    assert first["runs"][0]["norm_layers"] == second["runs"][0]["norm_layers"]
+    assert first.runs[0].norm_layers == second.runs[0].norm_layers
 
 
 @pytest.mark.parametrize("stop_in", [("batchnorm", 1), ("batchnorm", 2), ("none", 5)])
@@ -84,11 +101,11 @@ def test_resumed_run_ends_with_the_same_numbers(tmp_path, small_data, stop_in):
         compare(tmp_path / "cut", small_data, listener=Quiet(stop_in))
     resumed = compare(tmp_path / "cut", small_data)
     assert without_speed(resumed) == without_speed(whole)
-    for run, other in zip(whole["runs"], resumed["runs"], strict=True):
-        assert run["pre_activations"] == other["pre_activations"]
-        assert run["norm_layers"] == other["norm_layers"]
-        assert run["complete"]
-        assert other["complete"]
+    for run, other in zip(whole.runs, resumed.runs, strict=True):
+        assert run.pre_activations == other.pre_activations
+        assert run.norm_layers == other.norm_layers
+        assert run.complete
+        assert other.complete
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, small_data):
@@ -99,7 +116,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, small_data):
 
 
 def test_results_and_files(tmp_path, small_data):
-    results = compare(tmp_path, small_data, norms=("batchnorm", "none"))
+    results = compare(tmp_path, small_data, norms=["batchnorm", "none"])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["norm"], line["epoch"]) for line in lines] == [
         ("batchnorm", 1),
@@ -107,22 +124,17 @@ def test_results_and_files(tmp_path, small_data):
         ("none", 1),
         ("none", 2),
     ]
-    for run in results["runs"]:
-        assert [list(epoch) for epoch in run["epochs"]] == [EPOCH_FIELDS] * 2
-        assert [point["epoch"] for point in run["pre_activations"][0]["points"]] == [0, 1, 2]
-        assert [layer["layer"] for layer in run["pre_activations"]] == [
-            "conv1",
-            "conv2",
-            "fc1",
-            "fc2",
-        ]
-    ours, none = results["runs"]
-    assert [len(layer["gamma"]) for layer in ours["norm_layers"]] == [6, 16, 120, 84]
-    assert none["norm_layers"] == []
-    assert [ours["learning_rate"], none["learning_rate"]] == [1.0, 0.9]
-    for epoch in none["epochs"]:
-        assert epoch["test_accuracy_running"] == epoch["test_accuracy_population"]
-    assert json.loads((tmp_path / "report.json").read_text())["data"] == results["data"]
+    for run in results.runs:
+        assert [list(epoch.model_dump()) for epoch in run.epochs] == [EPOCH_FIELDS] * 2
+        assert run.pre_activations[0].epochs == [0, 1, 2]
+        assert [layer.layer for layer in run.pre_activations] == ["conv1", "conv2", "fc1", "fc2"]
+    ours, none = results.runs
+    assert [len(layer.gamma) for layer in ours.norm_layers] == [6, 16, 120, 84]
+    assert none.norm_layers == []
+    assert [ours.learning_rate, none.learning_rate] == [1.0, 0.9]
+    for epoch in none.epochs:
+        assert epoch.test_accuracy_running == epoch.test_accuracy_population
+    assert RunDirectory(tmp_path).results() == results
     checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert checkpoints == [f"{n}-epoch-0{e}.pt" for n in ("batchnorm", "none") for e in (1, 2)]
     state = torch.load(tmp_path / "checkpoints" / "none-epoch-02.pt", weights_only=True)
@@ -131,14 +143,14 @@ def test_results_and_files(tmp_path, small_data):
 
 
 def test_diverged_training_is_written_as_null(tmp_path, small_data):
-    results = compare(tmp_path, small_data, norms=("none",), learning_rate=1e38, epochs=1)
-    assert not math.isfinite(results["runs"][0]["epochs"][0]["loss"])
+    results = compare(tmp_path, small_data, norms=["none"], learning_rate=1e38, epochs=1)
+    assert not math.isfinite(results.runs[0].epochs[0].loss)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
 def test_last_batch_of_one_is_refused(tmp_path, small_data):
     with pytest.raises(ValueError, match=r"would hold one image \(300 images in batches of 13\)"):
-        Comparison(Settings(batch_size=13), small_data, RunDirectory(tmp_path))
+        Comparison(settings(batch_size=13), small_data, RunDirectory(tmp_path))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -192,94 +204,44 @@ def test_population_statistics_normalize_in_evaluation(norm):
 def test_view_names_the_vectors_of_every_layer():
     for module in norm_layers.modules(lenet("scratch")).values():
         layer = norm_layers.view(module)
-        assert layer.running_var.shape == layer.weight.shape
+        assert layer.running_var.shape == layer.gamma.shape
     assert list(norm_layers.modules(nn.Sequential(nn.BatchNorm1d(3)))) == ["0"]
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"seed": ...}, r"config.json lacks the settings seed; start a new run"),
-        ({"norms": ["layer"]}, r"names the norm 'layer', but only batchnorm, scratch, torch, none"),
-    ],
-)
-def test_stored_settings_that_do_not_fit_are_named(change, sentence):
-    stored = {**vars(Settings()), "norms": ["none"], "torch": "2.13.0"}
-    assert Settings.from_plain(stored) == Settings(norms=("none",))
-    changed = {name: value for name, value in {**stored, **change}.items() if value is not ...}
-    with pytest.raises(RunError, match=sentence):
-        Settings.from_plain(changed)
 
 
 @pytest.mark.parametrize("state", [{}, {"model": {"weight": torch.zeros(1)}}])
 def test_checkpoint_of_something_else_is_named(tmp_path, small_data, state):
-    RunDirectory(tmp_path).create({"settings": {}, "data": {}})
-    RunDirectory(tmp_path).save_checkpoint("none", 1, state)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / "none-epoch-01.pt")
     with pytest.raises(RunError, match="the last checkpoint of none does not fit this network"):
-        compare(tmp_path, small_data, norms=("none",))
+        compare(tmp_path, small_data, norms=["none"])
 
 
-class TestRunDirectory:
-    def test_refuses_a_folder_with_a_run(self, tmp_path):
-        directory = RunDirectory(tmp_path)
-        directory.create({"settings": {}, "data": {}})
-        with pytest.raises(RunError, match="already holds a run; continue it with --resume"):
-            directory.create({})
+def test_warming_up_changes_neither_the_network_nor_the_random_numbers(monkeypatch):
+    torch.manual_seed(0)
+    model = lenet("batchnorm").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    training.warm_up(model)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
-    def test_refuses_an_unwritable_place(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(RunError, match=r"file/run cannot be written: Not a directory"):
-            RunDirectory(tmp_path / "file" / "run").create({})
 
-    def test_names_a_missing_run(self, tmp_path):
-        with pytest.raises(RunError, match=r"holds no run \(config.json is missing\)"):
-            RunDirectory(tmp_path).config()
-        with pytest.raises(RunError, match=r"holds no results \(report.json is missing\)"):
-            RunDirectory(tmp_path).results()
+def test_kernels_are_warm_before_the_first_clock_starts(tmp_path, small_data, monkeypatch):
+    order = []
+    clock = time.perf_counter
+    monkeypatch.setattr(training, "warm_up", lambda model: order.append("warm"))
+    monkeypatch.setattr(time, "perf_counter", lambda: order.append("clock") or clock())
+    compare(tmp_path, small_data, norms=["none"], epochs=1)
+    assert order[:2] == ["warm", "clock"]
+    assert order.count("warm") == 1
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"settings": 1}'])
-    def test_names_a_damaged_configuration(self, tmp_path, text):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(RunError, match=r"config.json (cannot be read as JSON|is not the conf)"):
-            RunDirectory(tmp_path).config()
 
-    def test_names_damaged_results(self, tmp_path):
-        (tmp_path / "report.json").write_text("{")
-        with pytest.raises(RunError, match=r"report.json cannot be read as JSON; make it again"):
-            RunDirectory(tmp_path).results()
-
-    def test_takes_the_last_checkpoint_by_number(self, tmp_path):
-        directory = RunDirectory(tmp_path)
-        for epoch in (9, 10, 100):
-            directory.save_checkpoint("none", epoch, {"epoch": epoch})
-        directory.save_checkpoint("torch", 200, {"epoch": 200})
-        assert directory.last_checkpoint("none") == {"epoch": 100}
-        assert directory.last_checkpoint("scratch") is None
-
-    def test_names_a_damaged_checkpoint(self, tmp_path):
-        directory = RunDirectory(tmp_path)
-        directory.save_checkpoint("none", 1, {"weights": torch.zeros(1000)})
-        path = tmp_path / "checkpoints" / "none-epoch-01.pt"
-        path.write_bytes(path.read_bytes()[:700])
-        with pytest.raises(RunError, match=r"none-epoch-01.pt is damaged .*; delete it"):
-            directory.last_checkpoint("none")
-
-    def test_never_executes_a_checkpoint(self, tmp_path):
-        class Attack:
-            def __reduce__(self):
-                return (tmp_path.joinpath("hit").write_text, ("x",))
-
-        folder = tmp_path / "checkpoints"
-        folder.mkdir()
-        torch.save(Attack(), folder / "none-epoch-01.pt")
-        with pytest.raises(RunError, match="not a checkpoint of this program"):
-            RunDirectory(tmp_path).last_checkpoint("none")
-        assert not (tmp_path / "hit").exists()
-
-    def test_failing_save_keeps_the_old_file(self, tmp_path):
-        directory = RunDirectory(tmp_path)
-        directory.save_checkpoint("none", 1, {"epoch": 1})
-        with pytest.raises(AttributeError, match="local object"):
-            directory.save_checkpoint("none", 1, {"epoch": lambda: None})
-        assert directory.last_checkpoint("none") == {"epoch": 1}
-        assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+def test_digits_have_defaults_of_their_own(tmp_path, small_data):
+    digits = dataclasses.replace(small_data, name=DIGITS)
+    (run,) = Comparison(settings(norms=["none"]), digits, RunDirectory(tmp_path)).results.runs
+    assert run.learning_rate == FOR_DIGITS.rate_without_norm
+    assert defaults_for(DIGITS) == FOR_DIGITS
+    assert defaults_for(FASHION_MNIST) == D2L == Defaults(10, 256, 1.0, 0.9)

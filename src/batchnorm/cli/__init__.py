@@ -1,6 +1,6 @@
-"""The command line: arguments, one call, a report. Exit codes stand in ``__main__.main``.
+"""The command line: arguments, one call, a report. ``__main__.main`` lists the exit codes.
 
-Heavy imports stand inside the commands, so that ``--help`` answers at once.
+Commands import heavy libraries inside their functions, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a command; wrong use is one sentence on stderr.
+    """Runs a command; tells wrong use in one sentence on stderr.
 
     Returns:
         The exit code.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -14,29 +14,37 @@ from batchnorm.cli.options import (
     INTERRUPTED,
     Json,
     Lang,
-    Language,
     Threads,
+    announce_compilation,
     one_sentence,
     print_json,
     say,
 )
+from batchnorm.nets import NORMS, Norm
 
 if TYPE_CHECKING:
+    from batchnorm.cli.progress import Bar
+    from batchnorm.experiment.data import Dataset
+    from batchnorm.experiment.results import Epoch, Results, Settings
     from batchnorm.experiment.run_directory import RunDirectory
-    from batchnorm.experiment.training import Comparison, Settings
+    from batchnorm.experiment.training import Comparison
 
 
 def train(
     context: typer.Context,
     norm: Annotated[
-        str,
-        typer.Option(help="What to compare: batchnorm, scratch, torch, none, separated by commas."),
+        str, typer.Option(help=f"What to compare: {', '.join(NORMS)}, separated by commas.")
     ] = "batchnorm,none",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over the training images.", show_default="10"),
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate.", show_default="1.0; 0.9 for none")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = 256,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, help="Images per step.", show_default="256")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and order.")] = 0,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")
@@ -47,7 +55,7 @@ def train(
     ] = 2560,
     examples: Annotated[
         int | None,
-        typer.Option(min=2, help="Use the first so many training images.", show_default="all"),
+        typer.Option(min=2, help="Use only the first training images.", show_default="all"),
     ] = None,
     data: Annotated[
         Path | None,
@@ -57,30 +65,49 @@ def train(
         Path | None, typer.Option(help="Folder for the results.", show_default="runs/<time>")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
-    lang: Lang = Language.en,
+    lang: Lang = "en",
     as_json: Json = False,
 ) -> None:
-    """Train LeNet on Fashion-MNIST with and without batch norm, and write a report."""
-    from batchnorm.experiment.run_directory import RunDirectory
+    """Train LeNet on Fashion-MNIST with and without batch norm, and write a report.
 
-    if resume is not None:
+    Without Fashion-MNIST, scikit-learn's digits stand in, with other defaults.
+    """
+    from batchnorm.experiment.run_directory import RunDirectory
+    from batchnorm.experiment.training import Comparison
+
+    if resume is None:
+        directory = RunDirectory(out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+        chosen = {
+            "norms": _norms(norm),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "seed": seed,
+            "threads": threads,
+            "device": _device(device),
+            "population_examples": population,
+            "learning_rate": _positive(lr),
+            "train_examples": examples,
+        }
+        dataset = _dataset(data)
+        settings = _settings(chosen, dataset.name)
+    else:
         _refuse_options_with_resume(context)
         directory = RunDirectory(resume)
-        settings, data_name = _stored_settings(directory)
-    else:
-        directory = RunDirectory(out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
-        settings = _settings(
-            norm, epochs, lr, batch_size, seed, device, threads, population, examples
-        )
-        data_name = None
-    comparison = _comparison(settings, data, data_name, directory)
-    if resume is None:
         with one_sentence():
-            directory.create(
-                {"settings": comparison.results()["settings"], "data": comparison.description}
+            config = directory.config()
+        settings = config.settings
+        dataset = _dataset(data)
+        if dataset.name != config.data.name:
+            raise TyperException(
+                f"the run in {resume} was trained on {config.data.name}, but only {dataset.name} "
+                "was found; name the folder of the images with --data DIR"
             )
+    with one_sentence():
+        comparison = Comparison(settings, dataset, directory)
+        if resume is None:
+            directory.create(comparison.results)
     finished = _train(comparison)
-    _report(comparison, lang, as_json)
+    _report(comparison.results, directory, lang, as_json=as_json)
     if not finished:
         say(f"Interrupted; go on with: batchnorm train --resume {directory.path}")
         raise typer.Exit(INTERRUPTED)
@@ -88,125 +115,136 @@ def train(
 
 def report(
     directory: Annotated[Path, typer.Argument(help="Folder of a run of batchnorm train.")],
-    lang: Lang = Language.en,
+    lang: Lang = "en",
 ) -> None:
     """Write the page of a finished or interrupted run again, in either language."""
     from batchnorm.experiment.report import page
     from batchnorm.experiment.run_directory import RunDirectory
 
     with one_sentence():
-        page.write(RunDirectory(directory).results(), directory / "report.html", lang.value)
+        page.write(RunDirectory(directory).results(), directory / "report.html", lang)
     say(f"Report: {directory / 'report.html'}")
 
 
-def _settings(
-    norm: str,
-    epochs: int,
-    lr: float | None,
-    batch_size: int,
-    seed: int,
-    device: str | None,
-    threads: int | None,
-    population: int,
-    examples: int | None,
-) -> Settings:
-    import torch
-
-    from batchnorm.experiment.training import Settings
-    from batchnorm.nets.lenet import NORMS, Norm
-
-    wanted = [name.strip() for name in norm.split(",")]
-    norms: tuple[Norm, ...] = tuple(known for name in wanted for known in NORMS if known == name)
+def _norms(text: str) -> list[Norm]:
+    wanted = [name.strip() for name in text.split(",")]
+    norms: list[Norm] = [known for name in wanted for known in NORMS if known == name]
     if len(set(norms)) != len(wanted):
         raise TyperException(
             f"--norm expects different names out of {', '.join(NORMS)}, separated by commas, "
-            f"got {norm!r}"
+            f"got {text!r}"
         )
-    if lr is not None and not 0 < lr < float("inf"):
-        raise TyperException(f"--lr expects a positive number, got {lr}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return norms
+
+
+def _positive(rate: float | None) -> float | None:
+    if rate is not None and not 0 < rate < float("inf"):
+        raise TyperException(f"--lr expects a positive number, got {rate}")
+    return rate
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise TyperException(
-            f"--device {device} cannot be used here: {str(error).splitlines()[0]}"
+            f"--device {name} cannot be used here: {str(error).splitlines()[0]}"
         ) from error
-    return Settings(
-        norms=norms,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=lr,
-        seed=seed,
-        threads=threads or torch.get_num_threads(),
-        device=device,
-        population_examples=population,
-        train_examples=examples,
-    )
+    return name
 
 
-def _stored_settings(directory: RunDirectory) -> tuple[Settings, str]:
-    from batchnorm.experiment.training import Settings
-
-    with one_sentence():
-        config = directory.config()
-        return Settings.from_plain(config["settings"]), config["data"]["name"]
-
-
-def _comparison(
-    settings: Settings, folder: Path | None, expected: str | None, directory: RunDirectory
-) -> Comparison:
+def _dataset(folder: Path | None) -> Dataset:
+    from batchnorm.cli.progress import Bar
     from batchnorm.experiment import data
-    from batchnorm.experiment.training import Comparison
+
+    def bar(name: str) -> Bar:
+        return Bar("bytes", text=name)
 
     with one_sentence():
-        found = data.load(folder, announce=say, progress=data.TerminalBar)
-        if expected is not None and found.name != expected:
-            raise data.DataError(
-                f"the run in {directory.path} was trained on {expected}, but only {found.name} was "
-                "found; name the folder of the images with --data DIR."
-            )
-        return Comparison(settings, found, directory)
+        return data.load(folder, announce=say, progress=bar)
+
+
+def _settings(chosen: dict[str, Any], data_name: str) -> Settings:
+    """Fills in what the user has not chosen."""
+    import torch
+
+    from batchnorm.experiment.defaults import defaults_for
+    from batchnorm.experiment.results import Settings
+
+    defaults = defaults_for(data_name)
+    chosen["epochs"] = chosen["epochs"] or defaults.epochs
+    chosen["batch_size"] = chosen["batch_size"] or defaults.batch_size
+    chosen["threads"] = chosen["threads"] or torch.get_num_threads()
+    return Settings(**chosen)
 
 
 def _train(comparison: Comparison) -> bool:
     """Trains with progress on stderr; False if the user stopped it."""
-    from rich.console import Console
-
-    from batchnorm.experiment.progress import TrainingProgress
+    from batchnorm.cli.progress import Bar
 
     keep_freed_memory()
-    described, settings = comparison.description, comparison.settings
+    announce_compilation()
+    data, epochs = comparison.results.data, comparison.results.settings.epochs
     say(
-        f"{described['name']} ({described['source']}): {described['train_examples']:,} images to "
-        f"train, {described['test_examples']:,} to test."
+        f"{data.name} ({data.source}): {data.train_examples:,} images to train, "
+        f"{data.test_examples:,} to test."
     )
-    with TrainingProgress(
-        Console(stderr=True), settings.epochs, described["train_examples"]
-    ) as progress:
+    with Bar("images", total=epochs * data.train_examples) as bar:
         try:
             with one_sentence():
-                comparison.train(progress)
+                comparison.train(_Follower(bar, epochs, data.train_examples))
         except KeyboardInterrupt:
             return False
     return True
 
 
-def _report(comparison: Comparison, lang: Language, as_json: bool) -> None:
+class _Follower:
+    """Draws the training of one norm after the other with a bar, and prints a line per epoch."""
+
+    def __init__(self, bar: Bar, epochs: int, examples: int) -> None:
+        self._bar, self._epochs, self._examples = bar, epochs, examples
+
+    def start(self, norm: Norm, done: int) -> None:
+        self._bar.reset()
+        self._bar.done = done * self._examples
+        self._name(norm, done + 1)
+
+    def step(self, examples: int) -> None:
+        self._bar.update(examples)
+
+    def epoch(self, norm: Norm, record: Epoch) -> None:
+        from batchnorm.charts.numerals import decimal, percent
+
+        self._name(norm, record.epoch + 1)
+        self._bar.line(
+            f"{norm} {record.epoch}/{self._epochs}: loss {decimal(record.loss)}, "
+            f"train {percent(record.train_accuracy)}, "
+            f"test {percent(record.test_accuracy_running)} running / "
+            f"{percent(record.test_accuracy_population)} population"
+        )
+
+    def _name(self, norm: Norm, epoch: int) -> None:
+        self._bar.text = f"{norm} {min(epoch, self._epochs)}/{self._epochs}"
+
+
+def _report(results: Results, directory: RunDirectory, lang: str, *, as_json: bool) -> None:
     from rich.console import Console
 
     from batchnorm.experiment.report import page, terminal
 
-    results, directory = comparison.results(), comparison.directory
     path = directory.path / "report.html"
     directory.write_results(results)
-    page.write(results, path, lang.value)
+    page.write(results, path, lang)
     if as_json:
-        kept = ("norm", "learning_rate", "complete", "epochs")
-        runs = [{key: run[key] for key in kept} for run in results["runs"]]
-        print_json({**results, "runs": runs, "report": str(path)})
+        left_out = {"pre_activations", "norm_layers"}
+        plain = results.model_dump(by_alias=True, exclude={"runs": {"__all__": left_out}})
+        print_json({**plain, "report": str(path)})
     else:
-        Console().print(terminal.table(results, lang.value))
+        Console().print(terminal.table(results, lang))
     say(f"Report: {path}")
 
 

@@ -1,12 +1,12 @@
-"""What the commands share: options, one sentence for bad input, JSON on standard output."""
+"""Shared by the commands: options, one sentence for bad input, JSON on standard output."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -14,14 +14,7 @@ from typer.exceptions import TyperException
 INTERRUPTED = 130
 
 
-class Language(StrEnum):
-    """Languages of what people read."""
-
-    en = "en"
-    zh = "zh"
-
-
-Lang = Annotated[Language, typer.Option("--lang", help="Language of the text.")]
+Lang = Annotated[Literal["en", "zh"], typer.Option("--lang", help="Language of the text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
@@ -33,6 +26,11 @@ def one_sentence() -> Iterator[None]:
     """Turns the errors that our functions raise for bad input into a usage error."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise TyperException(
+            f"this command needs {error.name}, which is not installed; "
+            "install it with pip install 'batchnorm[cli]'"
+        ) from error
     except ValueError as error:
         raise TyperException(str(error)) from error
     except OSError as error:
@@ -46,6 +44,22 @@ def print_json(value: Any) -> None:
     from batchnorm.files import as_json
 
     print(as_json(value))
+
+
+class _CompilationNotice(logging.Handler):
+    """Says once that kernels are compiled; the kernels log each of them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Says it, and is done."""
+        logging.getLogger("batchnorm.kernels").removeHandler(self)
+        say("Compiling the CPU kernels for this machine (once; about half a minute).")
+
+
+def announce_compilation() -> None:
+    """From now on, the first compilation of a CPU kernel is announced on standard error."""
+    logger = logging.getLogger("batchnorm.kernels")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_CompilationNotice()]
 
 
 def say(line: str) -> None:

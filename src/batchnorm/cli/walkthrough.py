@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from batchnorm.cli.options import Json, Lang, Language, print_json
+from batchnorm.cli.options import Json, Lang, print_json
 
 Example = Literal["all", "fully-connected", "convolution"]
 
 
 def explain(
     example: Annotated[Example, typer.Argument(help="Which example of the notes.")] = "all",
-    lang: Lang = Language.en,
+    lang: Lang = "en",
     as_json: Json = False,
 ) -> None:
     """Walk through batch normalization step by step, with real numbers."""
@@ -22,7 +22,7 @@ def explain(
     names = examples.NAMES if example == "all" else (example,)
     if as_json:
         walked = [
-            {"name": name, "steps": document.steps_as_json(examples.walk(name), lang.value)}
+            {"name": name, "steps": document.steps_as_json(examples.walk(name), lang)}
             for name in names
         ]
         print_json({"schema": 1, "examples": walked})
@@ -32,4 +32,4 @@ def explain(
     from batchnorm.learn import terminal
 
     for name in names:
-        Console().print(terminal.render(examples.walk(name), lang.value))
+        Console().print(terminal.render(examples.walk(name), lang))

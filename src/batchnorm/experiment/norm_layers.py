@@ -1,26 +1,21 @@
-"""One view of the normalizing layers of a model, whichever library they come from."""
+"""One view of the batch norm layers of a model, whichever library they come from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments
 from batchnorm.scratch import BatchNorm
-from batchnorm.tools.patching import Handle, SavedBuffers, temporary_attributes
 
 
-@dataclass(frozen=True)
-class NormLayer:
-    """The four vectors of a batch norm layer, by the names of torch.
+class LayerTensors(NamedTuple):
+    """The four vectors of a batch norm layer: its own tensors, in its own shape."""
 
-    The tensors are the layer's own, in the layer's own shape.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    gamma: Tensor
+    beta: Tensor
     running_mean: Tensor
     running_var: Tensor
 
@@ -32,7 +27,7 @@ class NormLayer:
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The normalizing modules of ``model`` by name, without a trailing ``_norm``."""
+    """Finds the batch norm modules of ``model`` by name, without a trailing ``_norm``."""
     kinds = (BatchNorm, nn.modules.batchnorm._BatchNorm)
     return {
         name.removesuffix("_norm"): module
@@ -41,18 +36,11 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def view(module: nn.Module) -> NormLayer:
-    """The vectors of one module of `modules`, as they are now."""
+def view(module: nn.Module) -> LayerTensors:
+    """Returns the vectors of one module of `modules`, as they are now."""
     if isinstance(module, BatchNorm):
-        return NormLayer(module.gamma, module.beta, module.moving_mean, module.moving_var)
+        return LayerTensors(module.gamma, module.beta, module.moving_mean, module.moving_var)
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     assert module.running_mean is not None
     assert module.running_var is not None
-    return NormLayer(module.weight, module.bias, module.running_mean, module.running_var)
-
-
-def preserved_buffers(model: nn.Module) -> Handle:
-    """Restores every buffer and training mode of a model at the end, whatever happens before."""
-    modules = list(model.modules())
-    modes = (temporary_attributes([module], training=module.training) for module in modules)
-    return Handle(SavedBuffers(modules).restore, *(mode.remove for mode in modes))
+    return LayerTensors(module.weight, module.bias, module.running_mean, module.running_var)

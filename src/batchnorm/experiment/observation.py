@@ -1,60 +1,72 @@
-"""What a report shows of a network in training, as plain numbers."""
+"""What a report shows of a network in training, as numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.experiment import norm_layers
+from batchnorm.experiment.results import QUANTILES
 from batchnorm.nets.lenet import LAYERS
-from batchnorm.tools.patching import listen
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+from batchnorm.tools.patching import Handle, SavedBuffers, listen, temporary_attributes
 
 
 @torch.no_grad()
+def pass_in_training(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    layers: Mapping[str, nn.Module],
+    listener: Callable[[str, Tensor], None],
+) -> None:
+    """Passes batches through a model in training mode, and leaves it as it was.
+
+    Args:
+        model: The model.
+        batches: Its inputs.
+        layers: Modules of the model by name.
+        listener: Receives the name and the input of a layer, each time it is called.
+    """
+    modules = list(model.modules())
+    with (
+        Handle(SavedBuffers(modules).restore),
+        temporary_attributes(modules, training=True),
+        listen(layers, listener, caller="batchnorm train"),
+    ):
+        for batch in batches:
+            model(batch)
+
+
 def pre_activations(model: nn.Sequential, images: Tensor) -> dict[str, list[float]]:
-    """Quantiles of what each sigmoid of `lenet` gets for ``images``, in training mode.
+    """Measures what each sigmoid of LeNet receives for ``images``, in training mode.
 
     Args:
         model: A `batchnorm.nets.lenet.lenet`; left as it was.
         images: Floats of shape (N, 1, 28, 28).
 
     Returns:
-        The `QUANTILES` for each layer name.
+        The `QUANTILES` by name of the layer before the sigmoid.
     """
     found: dict[str, list[float]] = {}
 
     def note(name: str, x: Tensor) -> None:
         values = x.float().flatten()
-        at = torch.tensor(QUANTILES, device=values.device)
-        found[name] = torch.quantile(values, at).tolist()
+        found[name] = torch.quantile(values, values.new_tensor(QUANTILES)).tolist()
 
     sigmoids = {name: model.get_submodule(f"{name}_sigmoid") for name in LAYERS}
-    with listen(sigmoids, note, caller="train"), norm_layers.preserved_buffers(model):
-        model.train()
-        model(images)
+    pass_in_training(model, [images], sigmoids, note)
     return found
 
 
 def norm_state(model: nn.Module) -> list[dict[str, Any]]:
-    """γ, β and running statistics of each normalizing layer, a number a channel."""
-    layers = []
-    for name, module in norm_layers.modules(model).items():
-        layer = norm_layers.view(module)
-        layers.append(
-            {
-                "layer": name,
-                "gamma": _numbers(layer.weight),
-                "beta": _numbers(layer.bias),
-                "running_mean": _numbers(layer.running_mean),
-                "running_var": _numbers(layer.running_var),
-            }
-        )
-    return layers
-
-
-def _numbers(tensor: Tensor) -> list[float]:
-    return tensor.detach().flatten().tolist()
+    """Returns γ, β and the running statistics of each batch norm layer, a number per channel."""
+    return [
+        {"layer": name}
+        | {
+            field: tensor.detach().flatten().tolist()
+            for field, tensor in norm_layers.view(module)._asdict().items()
+        }
+        for name, module in norm_layers.modules(model).items()
+    ]

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm.experiment import norm_layers
+from batchnorm.experiment.observation import pass_in_training
 from batchnorm.moments import Moments, merge_moments
 from batchnorm.nn import functional
 from batchnorm.scratch import BatchNorm
-from batchnorm.tools.patching import listen
 from batchnorm.tools.recalibration import recalibrate
 
 
 def use_population(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Puts population statistics in the place of the running ones, as `recalibrate` does.
+    """Replaces running statistics by population statistics, as `recalibrate` does.
 
-    Layers of `batchnorm.scratch` get theirs here: they are no layers of torch's, and keep the
-    biased variance.
+    Layers of `batchnorm.scratch` are none of torch's, so `recalibrate` does not know them. They
+    keep the biased variance.
 
     Args:
         model: Any model whose layers are of `batchnorm` and ``torch.nn``, or all of
@@ -35,23 +34,12 @@ def use_population(model: nn.Module, batches: Iterable[Tensor]) -> None:
     if not scratch:
         recalibrate(model, batches)
         return
-    for name, moments in _moments(model, scratch, batches).items():
-        norm_layers.view(scratch[name]).set_statistics(moments)
-
-
-@torch.no_grad()
-def _moments(
-    model: nn.Module, layers: dict[str, BatchNorm], batches: Iterable[Tensor]
-) -> dict[str, Moments]:
-    """Moments of what the layers get while the batches pass in training mode."""
     moments: dict[str, Moments] = {}
 
     def collect(name: str, x: Tensor) -> None:
         batch = functional.moments(x)
         moments[name] = merge_moments(moments[name], batch) if name in moments else batch
 
-    with listen(layers, collect, caller="train"), norm_layers.preserved_buffers(model):
-        model.train()
-        for batch in batches:
-            model(batch)
-    return moments
+    pass_in_training(model, batches, scratch, collect)
+    for name, merged in moments.items():
+        norm_layers.view(scratch[name]).set_statistics(merged)

@@ -1,7 +1,8 @@
-"""The folder of a comparison: settings, metrics and checkpoints, each written whole or not at all.
+"""The folder of a run: settings, results and checkpoints, each written whole or not at all.
 
-Checkpoints are the only truth: each holds the model, the optimizer and all that was measured so
-far. ``config.json`` says how to go on, ``metrics.jsonl`` is made from the checkpoints' history.
+Checkpoints are the only truth (docs/decisions/0005): each holds the model, the optimizer and all
+that was measured so far. ``config.json`` says how to go on. ``metrics.jsonl`` and ``report.json``
+repeat what the checkpoints hold.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 
+from batchnorm.experiment.results import Config, Results, Run, first_fault
 from batchnorm.files import as_json, whole_file, write_text
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class RunError(ValueError):
@@ -23,91 +28,85 @@ class RunError(ValueError):
 
 
 class RunDirectory:
-    """Reads and writes the files of one comparison.
+    """Reads and writes the files of a run.
 
     Args:
-        path: The folder; made when something is written.
+        path: The folder; `create` makes it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, config: Mapping[str, Any]) -> None:
-        """Starts a comparison.
+    def create(self, results: Results) -> None:
+        """Starts a run: writes ``config.json``.
 
         Raises:
             RunError: The folder already holds one, or cannot be made.
         """
-        if (self.path / "config.json").exists():
+        path = self.path / "config.json"
+        if path.exists():
             raise RunError(
                 f"{self.path} already holds a run; continue it with --resume {self.path}, "
                 "or choose another --out."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+            config = Config(settings=results.settings, data=results.data)
+            write_text(path, config.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise RunError(f"{self.path} cannot be written: {error.strerror}.") from error
 
-    def config(self) -> dict[str, Any]:
-        """What `create` was given.
+    def config(self) -> Config:
+        """Reads ``config.json``.
 
         Raises:
-            RunError: There is no readable ``config.json``.
+            RunError: There is none, or it cannot be read.
         """
-        path = self.path / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise RunError(
-                f"{self.path} holds no run (config.json is missing); start one with --out."
-            ) from error
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read as JSON; start a new run with --out.") from error
-        if not isinstance(config, dict) or "settings" not in config or "data" not in config:
-            raise RunError(f"{path} is not the configuration of a run; start a new one with --out.")
-        return config
+        return self._read(Config, "config.json", "run", "start a new run with --out")
 
-    def write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Replaces ``metrics.jsonl``: one line an epoch."""
+    def write_results(self, results: Results) -> None:
+        """Replaces ``report.json``, and ``metrics.jsonl``, which has one line per epoch."""
+        lines = [
+            {"norm": run.norm, **epoch.model_dump()} for run in results.runs for epoch in run.epochs
+        ]
         text = "".join(as_json(line) + "\n" for line in lines)
         write_text(self.path / "metrics.jsonl", text)
+        write_text(self.path / "report.json", as_json(results.model_dump(by_alias=True)) + "\n")
 
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        """Replaces ``report.json``, from which the page is made."""
-        write_text(self.path / "report.json", as_json(results) + "\n")
-
-    def results(self) -> dict[str, Any]:
-        """What `write_results` was given.
+    def results(self) -> Results:
+        """Reads ``report.json``.
 
         Raises:
-            RunError: There is no readable ``report.json``.
+            RunError: There is none, or it cannot be read.
         """
-        path = self.path / "report.json"
+        repair = f"make it again with batchnorm train --resume {self.path}"
+        return self._read(Results, "report.json", "results", repair)
+
+    def _read(self, kind: type[Model], name: str, content: str, repair: str) -> Model:
+        path = self.path / name
         try:
-            return json.loads(path.read_text())
+            return kind.model_validate(json.loads(path.read_text()))
         except FileNotFoundError as error:
             raise RunError(
-                f"{self.path} holds no results (report.json is missing); "
-                f"make them with --resume {self.path}."
+                f"{self.path} holds no {content} ({name} is missing); {repair}."
             ) from error
+        except ValidationError as error:
+            raise RunError(f"{path}: {first_fault(error)}; {repair}.") from error
         except (OSError, ValueError) as error:
-            raise RunError(
-                f"{path} cannot be read as JSON; make it again with --resume {self.path}."
-            ) from error
+            raise RunError(f"{path} cannot be read as JSON; {repair}.") from error
 
-    def save_checkpoint(self, norm: str, epoch: int, state: Mapping[str, Any]) -> None:
-        """Keeps the state after an epoch; ``state`` holds tensors and plain data only."""
+    def save_checkpoint(self, run: Run, state: Mapping[str, Any]) -> None:
+        """Writes the state after an epoch; ``state`` has tensors, lists, text and numbers only."""
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
-        with whole_file(folder / f"{norm}-epoch-{epoch:02d}.pt") as file:
-            torch.save(dict(state), file)
+        with whole_file(folder / f"{run.norm}-epoch-{len(run.epochs):02d}.pt") as file:
+            torch.save({**state, "run": run.model_dump()}, file)
 
     def last_checkpoint(self, norm: str) -> dict[str, Any] | None:
-        """The state after the last finished epoch, None before the first.
+        """Reads the state after the last finished epoch; None before the first.
 
         Raises:
-            RunError: The file is damaged, or holds more than tensors and plain data.
+            RunError: The file is damaged, or holds more than tensors, lists, text and numbers.
         """
         pattern = re.compile(rf"{re.escape(norm)}-epoch-(\d+)\.pt")
         found = [

@@ -2,148 +2,93 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from batchnorm.experiment import observation, population
-from batchnorm.experiment.data import Dataset
-from batchnorm.experiment.norm_layers import preserved_buffers
+from batchnorm.experiment import population
+from batchnorm.experiment.data import DIGITS, Dataset
+from batchnorm.experiment.defaults import defaults_for
+from batchnorm.experiment.evaluation import Evaluation
+from batchnorm.experiment.images import Images
+from batchnorm.experiment.results import Data, Epoch, Inputs, Results, Run, Settings
 from batchnorm.experiment.run_directory import RunDirectory, RunError
-from batchnorm.nets.lenet import NORMS, Norm, lenet
+from batchnorm.nets import Norm
+from batchnorm.nets.lenet import lenet
 from batchnorm.version import __version__
 
-EVALUATION_BATCH = 1000
-OBSERVED_IMAGES = 256
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How every norm of a comparison is trained.
-
-    Args:
-        norms: Which to train, in turn.
-        epochs: Passes over the training images.
-        batch_size: Images a step.
-        learning_rate: Of plain SGD; None is d2l's: 1.0 with a norm, 0.9 without.
-        seed: Of the weights and of the order of the images.
-        threads: CPU threads; the same number gives the same bits.
-        device: As torch spells it.
-        population_examples: Training images behind the population statistics.
-        train_examples: Use only the first so many training images; None uses all.
-    """
-
-    norms: tuple[Norm, ...] = ("batchnorm", "none")
-    epochs: int = 10
-    batch_size: int = 256
-    learning_rate: float | None = None
-    seed: int = 0
-    threads: int = 1
-    device: str = "cpu"
-    population_examples: int = 2560
-    train_examples: int | None = None
-
-    @classmethod
-    def from_plain(cls, stored: Mapping[str, Any]) -> Settings:
-        """Settings that were written to ``config.json``; what else stands there is left out.
-
-        Raises:
-            RunError: A setting is missing, or a norm is unknown.
-        """
-        missing = [field.name for field in fields(cls) if field.name not in stored]
-        if missing:
-            raise RunError(
-                f"config.json lacks the settings {', '.join(missing)}; start a new run with --out."
-            )
-        known: dict[str, Any] = {field.name: stored[field.name] for field in fields(cls)}
-        known["norms"] = tuple(known["norms"])
-        unknown = [norm for norm in known["norms"] if norm not in NORMS]
-        if unknown:
-            raise RunError(
-                f"config.json names the norm {unknown[0]!r}, but only {', '.join(NORMS)} are "
-                "known; start a new run with --out."
-            )
-        return cls(**known)
-
-    def rate_of(self, norm: Norm) -> float:
-        """The learning rate of one norm."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 0.9 if norm == "none" else 1.0
-
-
-@runtime_checkable
 class Listener(Protocol):
-    """Who wants to know how far training is."""
+    """Is told how far training is."""
 
     def start(self, norm: Norm, done: int) -> None:
         """Training of ``norm`` begins, or goes on after ``done`` epochs."""
         ...
 
     def step(self, examples: int) -> None:
-        """So many more examples were trained on."""
+        """``examples`` more images were trained on."""
         ...
 
-    def epoch(self, record: dict[str, Any]) -> None:
+    def epoch(self, norm: Norm, record: Epoch) -> None:
         """An epoch is finished, measured and saved."""
         ...
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images as bytes, and labels, on the training device."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Floats in [0, 1] of shape (N, 1, 28, 28) with their labels, by rows of indices."""
-        for indices in order:
-            yield self.images[indices].unsqueeze(1).float() / 255, self.labels[indices]
-
-
 class Comparison:
-    """One run directory's worth of training: several norms, same data, same settings.
+    """Several norms, trained on the same images in the same order.
 
     Args:
         settings: How to train.
         data: What to train on.
-        directory: Where results and checkpoints go; already created.
+        directory: Where results and checkpoints go.
+
+    Attributes:
+        results: Everything measured so far.
 
     Raises:
         ValueError: The last batch of an epoch would hold one image, whose variance is zero.
     """
 
     def __init__(self, settings: Settings, data: Dataset, directory: RunDirectory) -> None:
-        self.settings = settings
         self.directory = directory
         device = torch.device(settings.device)
         kept = slice(settings.train_examples)
-        self.train_set = Images(
-            data.train_images[kept].to(device), data.train_labels[kept].to(device)
-        )
-        self.test_set = Images(data.test_images.to(device), data.test_labels.to(device))
-        self.description = {
-            "name": data.name,
-            "source": data.source,
-            "train_examples": len(self.train_set),
-            "test_examples": len(self.test_set),
-        }
-        self.runs: dict[Norm, dict[str, Any]] = {}
-        if len(self.train_set) % settings.batch_size == 1:
+        self._train_set = Images(data.train_images[kept], data.train_labels[kept]).to(device)
+        test_set = Images(data.test_images, data.test_labels).to(device)
+        if len(self._train_set) % settings.batch_size == 1:
             raise ValueError(
-                f"the last batch of an epoch would hold one image ({len(self.train_set)} images in "
-                f"batches of {settings.batch_size}), and one image has no variance; "
+                f"the last batch of an epoch would hold one image ({len(self._train_set)} images "
+                f"in batches of {settings.batch_size}), and one image has no variance; "
                 f"choose another --batch-size."
             )
+        self._evaluation = Evaluation(self._train_set, test_set, settings)
+        self.results = Results(
+            version=1,
+            data=Data(
+                name=data.name,
+                source=data.source,
+                train_examples=len(self._train_set),
+                test_examples=len(test_set),
+                stand_in=data.name == DIGITS,
+            ),
+            settings=settings.model_copy(
+                update={"torch": torch.__version__, "batchnorm": __version__}
+            ),
+            runs=[
+                Run(
+                    norm=norm,
+                    learning_rate=settings.learning_rate or defaults_for(data.name).rate_of(norm),
+                    epochs=[],
+                    pre_activations=[],
+                    norm_layers=[],
+                )
+                for norm in settings.norms
+            ],
+        )
 
     def train(self, listener: Listener) -> None:
         """Trains every norm to the end, from its last checkpoint if there is one.
@@ -151,46 +96,43 @@ class Comparison:
         Raises:
             RunError: A checkpoint cannot be read.
         """
-        torch.set_num_threads(self.settings.threads)
-        for norm in self.settings.norms:
-            self._train_one(norm, listener)
-        self._write_derived()
+        torch.set_num_threads(self.results.settings.threads)
+        for at in range(len(self.results.runs)):
+            self._train_one(at, listener)
+        self.directory.write_results(self.results)
 
-    def results(self) -> dict[str, Any]:
-        """All that was measured so far, as `batchnorm.report` takes it."""
-        settings = asdict(self.settings) | {"torch": torch.__version__, "batchnorm": __version__}
-        return {
-            "schema": 1,
-            "data": self.description,
-            "settings": settings,
-            "runs": [self.runs.get(norm, self._new_run(norm, [])) for norm in self.settings.norms],
-        }
-
-    def _train_one(self, norm: Norm, listener: Listener) -> None:
-        torch.manual_seed(self.settings.seed)
-        model = lenet(norm).to(self.settings.device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=self.settings.rate_of(norm))
-        checkpoint = self.directory.last_checkpoint(norm)
+    def _train_one(self, at: int, listener: Listener) -> None:
+        run, settings = self.results.runs[at], self.results.settings
+        torch.manual_seed(settings.seed)
+        model = lenet(run.norm).to(settings.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
+        checkpoint = self.directory.last_checkpoint(run.norm)
         if checkpoint is None:
-            run = self._new_run(norm, self._observe_activations(model, 0))
+            for name, point in self._evaluation.pre_activations(model, 0).items():
+                run.pre_activations.append(Inputs(layer=name, points=[point]))
         else:
-            run = _restore(checkpoint, norm, model, optimizer)
-        self.runs[norm] = run
-        listener.start(norm, len(run["epochs"]))
-        for epoch in range(len(run["epochs"]) + 1, self.settings.epochs + 1):
+            run = self.results.runs[at] = _restore(checkpoint, run.norm, model, optimizer)
+        listener.start(run.norm, len(run.epochs))
+        if not run.complete:
+            warm_up(model)
+        for epoch in range(len(run.epochs) + 1, settings.epochs + 1):
             trained = self._train_epoch(model, optimizer, epoch, listener.step)
-            record, layers = self._measure(model, epoch, trained)
-            run["epochs"].append(record)
-            run["norm_layers"] = layers
-            for layer, new in zip(
-                run["pre_activations"], self._observe_activations(model, epoch), strict=True
-            ):
-                layer["points"] += new["points"]
-            run["complete"] = epoch == self.settings.epochs
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run}
-            self.directory.save_checkpoint(norm, epoch, state)
-            self._write_derived()
-            listener.epoch({"norm": norm, **record})
+            running, accuracy, run.norm_layers = self._evaluation.measure(model)
+            record = Epoch(
+                epoch=epoch,
+                test_accuracy_running=running,
+                test_accuracy_population=accuracy,
+                **trained,
+            )
+            run.epochs.append(record)
+            points = self._evaluation.pre_activations(model, epoch)
+            for layer in run.pre_activations:
+                layer.points.append(points[layer.layer])
+            run.complete = epoch == settings.epochs
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            self.directory.save_checkpoint(run, state)
+            self.directory.write_results(self.results)
+            listener.epoch(run.norm, record)
 
     def _train_epoch(
         self,
@@ -199,14 +141,15 @@ class Comparison:
         epoch: int,
         on_step: Callable[[int], None],
     ) -> dict[str, float]:
-        """One pass in an order that only the seed and the epoch decide."""
-        generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch)
-        order = torch.randperm(len(self.train_set), generator=generator)
+        """Makes one pass, in an order that depends on the seed and the epoch only."""
+        settings, examples = self.results.settings, len(self._train_set)
+        generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
+        order = torch.randperm(examples, generator=generator)
         total_loss = torch.zeros((), dtype=torch.float64)
         correct = 0
         started = time.perf_counter()
         model.train()
-        for images, labels in self.train_set.batches(order.split(self.settings.batch_size)):
+        for images, labels in self._train_set.batches(order.split(settings.batch_size)):
             scores = model(images)
             loss = nn.functional.cross_entropy(scores, labels)
             optimizer.zero_grad()
@@ -216,88 +159,32 @@ class Comparison:
             correct += int((scores.argmax(1) == labels).sum())
             on_step(len(labels))
         seconds = time.perf_counter() - started
-        examples = len(self.train_set)
         return {
             "loss": total_loss.item() / examples,
             "train_accuracy": correct / examples,
             "examples_per_second": examples / seconds,
         }
 
-    def _measure(
-        self, model: nn.Sequential, epoch: int, trained: dict[str, float]
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Accuracy of the same weights with running and with population statistics."""
-        running = self._test_accuracy(model)
-        layers = observation.norm_state(model)
-        with preserved_buffers(model):
-            population.use_population(model, self._population_batches())
-            for layer, now in zip(layers, observation.norm_state(model), strict=True):
-                layer["population_mean"] = now["running_mean"]
-                layer["population_var"] = now["running_var"]
-            accuracy = self._test_accuracy(model)
-        record = {
-            "epoch": epoch,
-            "loss": trained["loss"],
-            "train_accuracy": trained["train_accuracy"],
-            "test_accuracy_running": running,
-            "test_accuracy_population": accuracy,
-            "examples_per_second": trained["examples_per_second"],
-        }
-        return record, layers
 
-    @torch.no_grad()
-    def _test_accuracy(self, model: nn.Module) -> float:
-        model.eval()
-        order = torch.arange(len(self.test_set)).split(EVALUATION_BATCH)
-        correct = sum(
-            int((model(images).argmax(1) == labels).sum())
-            for images, labels in self.test_set.batches(order)
-        )
-        return correct / len(self.test_set)
-
-    def _population_batches(self) -> Iterator[Tensor]:
-        """Some training images, the same ones for every epoch and norm."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        order = torch.randperm(len(self.train_set), generator=generator)
-        chosen = order[: self.settings.population_examples]
-        parts = chosen.tensor_split(math.ceil(len(chosen) / self.settings.batch_size))
-        return (images for images, _ in self.train_set.batches(parts))
-
-    def _observe_activations(self, model: nn.Sequential, epoch: int) -> list[dict[str, Any]]:
-        observed = torch.arange(min(OBSERVED_IMAGES, len(self.test_set)))
-        images, _ = next(self.test_set.batches([observed]))
-        return [
-            {"layer": name, "points": [{"epoch": epoch, "quantiles": quantiles}]}
-            for name, quantiles in observation.pre_activations(model, images).items()
-        ]
-
-    def _new_run(self, norm: Norm, pre_activations: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "norm": norm,
-            "learning_rate": self.settings.rate_of(norm),
-            "complete": False,
-            "epochs": [],
-            "pre_activations": pre_activations,
-            "norm_layers": [],
-        }
-
-    def _write_derived(self) -> None:
-        """Makes the files that are read by others from what the checkpoints hold."""
-        lines = [
-            {"norm": norm, **epoch} for norm, run in self.runs.items() for epoch in run["epochs"]
-        ]
-        self.directory.write_metrics(lines)
-        self.directory.write_results(self.results())
+def warm_up(model: nn.Module) -> None:
+    """Uses every kernel once, on a copy, so that no epoch's time includes their compilation."""
+    copied = copy.deepcopy(model)
+    first = next(copied.parameters())
+    images = first.new_zeros(2, 1, 28, 28)
+    copied.train()(images).sum().backward()
+    population.use_population(copied, [images])
+    with torch.no_grad():
+        copied.eval()(images)
 
 
 def _restore(
     checkpoint: Mapping[str, Any], norm: Norm, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+) -> Run:
     """Loads the state after an epoch and returns what was measured until then."""
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        return checkpoint["run"]
+        return Run.model_validate(checkpoint["run"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise RunError(
             f"the last checkpoint of {norm} does not fit this network; delete it, and --resume "

@@ -1,1 +1,13 @@
 """Networks that the experiment and the benchmark train: LeNet and ResNets with any norm."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Norm = Literal["batchnorm", "scratch", "torch", "none"]
+"""The norms of `batchnorm.nets.lenet`; named here so that nobody imports torch to list them."""
+
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+MOMENTUM = 0.1
+"""Weight of the new mini-batch in LeNet's running statistics."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 from torch import nn
 
+from batchnorm.nets import MOMENTUM, NORMS, Norm
 from batchnorm.nn.layers import BatchNorm1d, BatchNorm2d
 from batchnorm.scratch import BatchNorm
-
-Norm = Literal["batchnorm", "scratch", "torch", "none"]
-NORMS: tuple[Norm, ...] = get_args(Norm)
 
 NormFactory = Callable[[int, int], nn.Module]
 """Makes the layer for ``num_features`` channels of an input with ``num_dims`` dimensions."""
@@ -21,7 +18,7 @@ LAYERS = ("conv1", "conv2", "fc1", "fc2")
 
 
 def norm_factory(norm: Norm) -> NormFactory:
-    """The layers that go by a name.
+    """Returns the factory of the layers that go by a name.
 
     Args:
         norm: ``batchnorm`` (this library), ``scratch`` (`batchnorm.scratch`), ``torch``
@@ -32,26 +29,26 @@ def norm_factory(norm: Norm) -> NormFactory:
     """
     match norm:
         case "batchnorm":
-            return lambda features, dims: (BatchNorm1d if dims == 2 else BatchNorm2d)(features)
+            kinds = {2: BatchNorm1d, 4: BatchNorm2d}
+            return lambda features, dims: kinds[dims](features, momentum=MOMENTUM)
         case "torch":
-            return lambda features, dims: (nn.BatchNorm1d if dims == 2 else nn.BatchNorm2d)(
-                features
-            )
-        case "scratch":
-            return BatchNorm
+            kinds = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+            return lambda features, dims: kinds[dims](features, momentum=MOMENTUM)
+        case "scratch":  # Its momentum is the weight of the old statistics.
+            return lambda features, dims: BatchNorm(features, dims, momentum=1 - MOMENTUM)
         case "none":
             return lambda features, dims: nn.Identity()
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}.")
 
 
 def lenet(norm: Norm, classes: int = 10) -> nn.Sequential:
-    """LeNet for 28 x 28 grey images, a norm after each convolution and linear layer but the last.
+    """Builds LeNet for 28 x 28 gray images, with a norm after each layer of weights but the last.
 
-    Sigmoids and average pooling; weights from Xavier's uniform distribution. The layers of every
-    norm draw the same random numbers, so one seed gives one network.
+    It has sigmoids and average pooling; its weights come from Xavier's uniform distribution. All
+    norms draw the same random numbers, so one seed gives one network.
 
     Args:
-        norm: Which layers normalize, see `norm_factory`.
+        norm: The layers that normalize, see `norm_factory`.
         classes: Number of outputs.
 
     Source:

@@ -1,6 +1,5 @@
 """The report as a page and as a terminal table, in both languages."""
 
-import copy
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from batchnorm import words
 from batchnorm.experiment.report import page, terminal
+from batchnorm.experiment.results import Results
 from report_results import results
 
 NAN, INF = math.nan, math.inf
@@ -56,6 +56,10 @@ class Document(HTMLParser):
         ]
 
 
+def render(raw, lang="en"):
+    return page.render(Results.model_validate(raw), lang)
+
+
 def diverged():
     """The first run is fine, the second diverges in epoch 3, the third has no epoch."""
     raw = results(("batchnorm", "none"), epochs=5)
@@ -73,7 +77,7 @@ def diverged():
 
 @LANGUAGES
 def test_the_page_is_one_small_sound_file_that_loads_nothing(lang):
-    html = page.render(results(ALL_NORMS), lang)
+    html = render(results(ALL_NORMS), lang)
     document = Document(html)
     assert len(html.encode()) < 500_000
     assert "http://" not in html
@@ -85,7 +89,7 @@ def test_the_page_is_one_small_sound_file_that_loads_nothing(lang):
 
 
 def test_ids_are_unique_and_every_reference_finds_one():
-    html = page.render(results(ALL_NORMS))
+    html = render(results(ALL_NORMS))
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     pointers = re.findall(r'(?:href="#|url\(#|labelledby=")([^")]+)', html)
@@ -95,12 +99,12 @@ def test_ids_are_unique_and_every_reference_finds_one():
 
 def test_the_same_results_give_the_same_page():
     raw = results()
-    assert page.render(raw) == page.render(json.loads(json.dumps(raw)))
+    assert render(raw) == render(json.loads(json.dumps(raw)))
 
 
 @LANGUAGES
 def test_every_chart_says_what_it_shows_and_every_section_has_its_numbers(lang):
-    document = Document(page.render(results(), lang))
+    document = Document(render(results(), lang))
     charts = document.all("svg", "chart")
     assert len(charts) == 4 + 2 + 2 + 8 + 2
     assert all(chart["role"] == "img" and len(chart["aria-label"]) > 10 for chart in charts)
@@ -117,7 +121,7 @@ def test_the_headline_states_the_result_first():
         loss=0.2994, test_accuracy_running=0.742, test_accuracy_population=0.853
     )
     raw["runs"][1]["epochs"][-1].update(loss=0.6131, test_accuracy_running=0.757)
-    text = " ".join(Document(page.render(raw)).text.split())
+    text = " ".join(Document(render(raw)).text.split())
     assert "After 10 epochs the training loss is 0.299 with batch norm and 0.613 without." in text
     assert "gets 74.2% right on its running statistics and 85.3% on population" in text
     assert "the network without gets 75.7%." in text
@@ -134,7 +138,7 @@ def test_the_text_takes_its_numbers_from_the_results():
     raw["runs"][1]["epochs"][-1]["train_accuracy"] = 0.8
     for epoch, accuracy in zip(raw["runs"][0]["epochs"], [0.7, 0.79, 0.81], strict=False):
         epoch["train_accuracy"] = accuracy
-    text = " ".join(Document(page.render(raw)).text.split())
+    text = " ".join(Document(render(raw)).text.split())
     assert "in epochs 6–10 the test accuracy is 69.5–87.5% on running and 84.9–88.3% on" in text
     assert "The largest gap of the run, 15.4 percentage points, is in epoch 6." in text
     assert "training accuracy of 80.0%: batch norm passes that in epoch 3." in text
@@ -145,22 +149,22 @@ def test_the_text_takes_its_numbers_from_the_results():
 def test_a_run_that_never_overtakes_is_said_to():
     raw = results()
     raw["runs"][1]["epochs"][-1]["train_accuracy"] = 0.99
-    assert "<b>batch norm</b> does not pass that." in page.render(raw)
+    assert "<b>batch norm</b> does not pass that." in render(raw)
 
 
 def test_gamma_and_beta_of_a_narrow_first_layer_are_printed():
     raw = results()
     raw["runs"][0]["norm_layers"][0]["gamma"][2] = 1.23456
-    html = page.render(raw)
+    html = render(raw)
     assert '<div class="values"><b>γ</b>' in html
     assert "<span>1.235</span>" in html
-    assert 'class="values"' not in page.render(results(layers={"wide": 17}))
+    assert 'class="values"' not in render(results(layers={"wide": 17}))
 
 
 def test_tables_hold_every_number():
     raw = results(layers={"conv1": 6})
     raw["runs"][0]["norm_layers"][0]["population_var"][5] = 0.0123456
-    document = Document(page.render(raw))
+    document = Document(render(raw))
     rows = document.all("tr")
     assert len(rows) == (1 + 20) + (1 + 10) + (1 + 6) + 2 * (1 + 11) + (1 + 6)
     assert "0.01235" in document.text
@@ -169,7 +173,7 @@ def test_tables_hold_every_number():
 @LANGUAGES
 def test_a_hostile_layer_name_is_shown_not_obeyed(lang):
     name = '"><script>alert(1)</script><b>{run} $\\frac{1}$ {{ 7*7 }}\x00'
-    html = page.render(results(layers={name: 4}), lang)
+    html = render(results(layers={name: 4}), lang)
     document = Document(html)
     assert document.all("script") == []
     assert "49" not in re.findall(r"alert\(1\)[^\n]{0,60}", html)[0]
@@ -178,7 +182,7 @@ def test_a_hostile_layer_name_is_shown_not_obeyed(lang):
 
 @LANGUAGES
 def test_diverged_and_interrupted_runs_are_told(lang):
-    html = page.render(diverged(), lang)
+    html = render(diverged(), lang)
     text = Document(html).text
     told = {
         "en": [
@@ -201,8 +205,26 @@ def test_diverged_and_interrupted_runs_are_told(lang):
     assert "NaN" in text
 
 
+@LANGUAGES
+def test_data_that_stand_in_are_told_before_everything_else(lang):
+    raw = results()
+    raw["data"].update(name="digits (scikit-learn)", train_examples=1437, stand_in=True)
+    told = {
+        "en": "Fashion-MNIST could not be found or downloaded. These results come from digits",
+        "zh": "未能找到或下载 Fashion-MNIST，以下结果来自 digits (scikit-learn)：",
+    }
+    text = Document(render(raw, lang)).text
+    assert told[lang] in text
+    lead = {"en": "After 10 epochs the training loss", "zh": "个迭代周期后，使用批量"}
+    assert text.index(told[lang]) < text.index(lead[lang])
+    table = "".join("".join(lines(raw, lang)).split())  # The line is wrapped.
+    assert table.startswith("".join(told[lang].split()))
+    assert "1,437" in text
+    assert "2,560" not in text
+
+
 def test_sound_runs_have_no_notices():
-    html = page.render(results())
+    html = render(results())
     assert 'class="notices"' not in html
     assert "diverged" not in html
     assert "NaN" not in html
@@ -212,9 +234,9 @@ def test_sound_runs_have_no_notices():
 @pytest.mark.parametrize("norms", [("batchnorm",), ("none",), ("torch", "torch"), ALL_NORMS])
 @pytest.mark.parametrize("epochs", [0, 1, 3])
 def test_every_number_of_runs_and_epochs_makes_a_page(norms, epochs, lang):
-    document = Document(page.render(results(norms, epochs), lang))
-    normalised = [norm for norm in norms if norm != "none"]
-    assert len(document.all("section", "chapter")) == (5 if normalised else 2)
+    document = Document(render(results(norms, epochs), lang))
+    normalized = [norm for norm in norms if norm != "none"]
+    assert len(document.all("section", "chapter")) == (5 if normalized else 2)
     assert len(document.all("section", "tile")) == 3
 
 
@@ -222,7 +244,7 @@ def test_runs_at_the_very_first_moment_have_no_sections_on_layers():
     raw = results(epochs=0)
     for run in raw["runs"]:
         run.update(pre_activations=[], norm_layers=[])
-    document = Document(page.render(raw))
+    document = Document(render(raw))
     assert [section["id"] for section in document.all("section", "chapter")] == [
         "curves",
         "estimates",
@@ -231,11 +253,11 @@ def test_runs_at_the_very_first_moment_have_no_sections_on_layers():
 
 def test_runs_that_share_a_norm_are_told_apart():
     raw = results(("torch", "torch", "none"))
-    text = Document(page.render(raw)).text
+    text = Document(render(raw)).text
     assert "torch's batch norm (1)" in text
     assert "torch's batch norm (2)" in text
     raw["runs"][1]["learning_rate"] = 0.5
-    text = Document(page.render(raw)).text
+    text = Document(render(raw)).text
     assert "torch's batch norm, rate 0.5" in text
     assert "torch's batch norm, rate 1" in text
     assert "(2)" not in text
@@ -244,7 +266,7 @@ def test_runs_that_share_a_norm_are_told_apart():
 def test_names_are_escaped_exactly_once():
     raw = results(("torch", "none"), layers={"a & b": 3})
     raw["data"]["name"] = "mnist & co"
-    html = page.render(raw)
+    html = render(raw)
     assert "<title>LeNet on mnist &amp; co, with and without batch norm</title>" in html
     assert not re.search(r"&amp;(#39|amp|lt|gt)", html)
     labels = [chart["aria-label"] for chart in Document(html).all("svg", "chart")]
@@ -256,38 +278,30 @@ def test_names_are_escaped_exactly_once():
 
 
 def test_charts_of_a_layer_start_a_row():
-    document = Document(page.render(results(("batchnorm", "scratch", "none"))))
+    document = Document(render(results(("batchnorm", "scratch", "none"))))
     assert len(document.all("figure", "starts-row")) == 4
-    assert Document(page.render(results(("none",)))).all("figure", "starts-row") == []
-
-
-def test_results_are_not_changed():
-    raw = diverged()
-    before = copy.deepcopy(raw)
-    page.render(raw)
-    terminal.table(raw)
-    assert repr(raw) == repr(before)
+    assert Document(render(results(("none",)))).all("figure", "starts-row") == []
 
 
 @pytest.mark.parametrize("tell", [page.render, terminal.table])
 def test_an_unknown_language_is_refused(tell):
     with pytest.raises(ValueError, match=r"^report: lang is one of en, zh, got 'fr'"):
-        tell(results(), "fr")
+        tell(Results.model_validate(results()), "fr")
 
 
 def test_writing_replaces_the_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
-    page.write(results(), path, "zh")
-    assert path.read_text(encoding="utf-8") == page.render(results(), "zh")
+    page.write(Results.model_validate(results()), path, "zh")
+    assert path.read_text(encoding="utf-8") == render(results(), "zh")
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_cannot_be_rendered_leaves_the_old_file(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
-    with pytest.raises(ValueError, match="expected schema 1, got 9"):
-        page.write({"schema": 9}, path)
+    with pytest.raises(ValueError, match="lang is one of en, zh"):
+        page.write(Results.model_validate(results()), path, "fr")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -296,20 +310,20 @@ def test_what_cannot_be_put_in_place_leaves_no_temporary_file(tmp_path):
     folder = tmp_path / "report.html"
     folder.mkdir()
     with pytest.raises(OSError, match=r"report\.html"):
-        page.write(results(), folder)
+        page.write(Results.model_validate(results()), folder)
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_missing_folder_is_named(tmp_path):
     path = tmp_path / "none" / "report.html"
     with pytest.raises(FileNotFoundError, match=r"none/report\.html: the folder .*none does not"):
-        page.write(results(), path)
+        page.write(Results.model_validate(results()), path)
 
 
 def lines(raw, lang):
     console = Console(width=80, file=None, record=True, quiet=False)
     with console.capture() as capture:
-        console.print(terminal.table(raw, lang))
+        console.print(terminal.table(Results.model_validate(raw), lang))
     return capture.get().splitlines()
 
 

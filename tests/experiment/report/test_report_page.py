@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from batchnorm.experiment.report import page
+from batchnorm.experiment.results import Results
 from report_results import results
 
 pytestmark = pytest.mark.browser
@@ -102,7 +103,7 @@ def pages(tmp_path_factory):
     hostile = results(
         ("batchnorm", "none"), layers={"<b>" + "嵌套的很长的名字." * 9: 6, "x" * 200: 40}
     )
-    hostile["data"]["source"] = "y" * 300
+    hostile["data"].update(source="y" * 300, stand_in=True)
     told = {
         "pair-en": (results(), "en"),
         "pair-zh": (results(), "zh"),
@@ -110,7 +111,7 @@ def pages(tmp_path_factory):
         "hostile-zh": (hostile, "zh"),
     }
     for kind, (raw, lang) in told.items():
-        page.write(raw, folder / f"{kind}.html", lang)
+        page.write(Results.model_validate(raw), folder / f"{kind}.html", lang)
     return {kind: (folder / f"{kind}.html").as_uri() for kind in told}
 
 

@@ -1,4 +1,4 @@
-"""The section about what arrives at the sigmoids in the course of the training."""
+"""The section about the inputs of the sigmoids in the course of the training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from batchnorm.charts.scales import Frame
 from batchnorm.experiment.report import charts
 from batchnorm.experiment.report.charts import Labels
 from batchnorm.experiment.report.edition import Edition, Panel, Section, Shown, Swatch, Table
-from batchnorm.experiment.report.results import QUANTILES, Band
+from batchnorm.experiment.results import QUANTILES, Inputs
 
 
 def pre_activations(edition: Edition) -> Section:
-    """Quantile bands by epoch, a row a layer and a column a run, one vertical axis a row."""
+    """Draws quantile bands by epoch: a row per layer with one vertical axis, a column per run."""
     say = edition.say
     layers = dict.fromkeys(
         band.layer for shown in edition.shown for band in shown.run.pre_activations
@@ -54,7 +54,7 @@ def _row(edition: Edition, layer: str, name: str) -> list[Panel]:
     return [replace(panels[0], starts_row=len(panels) > 1), *panels[1:]]
 
 
-def _panel(edition: Edition, shown: Shown, band: Band, frame: Frame, name: str) -> Panel:
+def _panel(edition: Edition, shown: Shown, band: Inputs, frame: Frame, name: str) -> Panel:
     say = edition.say
     title = say("activations.panel", layer=band.layer, run=shown.label)
     remark = say("chart.empty")
@@ -75,7 +75,7 @@ def _table(edition: Edition, shown: Shown) -> Table:
     say = edition.say
     return Table(
         shown.label,
-        [say("table.layer"), say("axis.epoch"), *(f"{q}%" for q in QUANTILES)],
+        [say("table.layer"), say("axis.epoch"), *(f"{100 * q:g}%" for q in QUANTILES)],
         [
             [band.layer, str(epoch), *map(numerals.significant, values)]
             for band in shown.run.pre_activations

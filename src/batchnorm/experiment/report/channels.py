@@ -1,4 +1,4 @@
-"""The sections about single channels: γ and β, and how true their stored statistics are."""
+"""The sections about single channels: γ and β, and the errors of the running statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from batchnorm.charts.scales import Scale
 from batchnorm.experiment.report import charts
 from batchnorm.experiment.report.charts import Labels
 from batchnorm.experiment.report.edition import Edition, Panel, Section, Shown, Swatch, Table
-from batchnorm.experiment.report.results import NormLayer
+from batchnorm.experiment.results import NormLayer
 
 PRINTED_CHANNELS = 16
 
@@ -20,7 +20,7 @@ Values = Callable[[NormLayer], Sequence[float]]
 
 @dataclass(frozen=True)
 class Strip:
-    """One value per channel, to be drawn as a strip of dots a layer."""
+    """A chart with a strip of dots per layer, one dot per channel."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ class Strip:
 
 
 def parameters(edition: Edition) -> Section:
-    """What γ and β of every channel have become."""
+    """Shows γ and β of every channel at the end of the training."""
     say = edition.say
     strips = [
         Strip("gamma", say("parameters.gamma"), say("axis.gamma"), _gamma, scales.AROUND_1),
@@ -48,7 +48,7 @@ def parameters(edition: Edition) -> Section:
 
 
 def statistics(edition: Edition) -> Section:
-    """How far each channel's running statistics are from the population's."""
+    """Shows the distance of each channel's running statistics from the population's."""
     say = edition.say
     strips = [
         Strip("shift", say("statistics.shift"), say("axis.shift"), _shift, scales.AROUND_0),
@@ -96,7 +96,7 @@ def _ratio(layer: NormLayer) -> Sequence[float]:
 
 
 def _with_layers(edition: Edition) -> list[Shown]:
-    return [shown for shown in edition.normalised if shown.run.norm_layers]
+    return [shown for shown in edition.normalized if shown.run.norm_layers]
 
 
 def _panels(edition: Edition, strips: Sequence[Strip]) -> list[Panel]:
@@ -109,7 +109,7 @@ def _panels(edition: Edition, strips: Sequence[Strip]) -> list[Panel]:
 
 
 def _bounds(edition: Edition, strip: Strip) -> tuple[float, float]:
-    """One horizontal axis for all runs, so that they can be compared."""
+    """Returns the ends of one horizontal axis for all runs, so that they can be compared."""
     places = [
         strip.scale.place(value)
         for shown in _with_layers(edition)
@@ -130,7 +130,7 @@ def _panel(edition: Edition, shown: Shown, strip: Strip, ends: tuple[float, floa
     ]
     left_out = sum(len(values) for _, values in rows) - sum(map(len, drawn))
     title = strip.title
-    if len(edition.normalised) > 1:
+    if len(edition.normalized) > 1:
         title = say("chart.of_run", title=title, run=shown.label)
     listed = say("list.comma").join(medians) or say("chart.empty")
     labels = Labels(
@@ -146,7 +146,7 @@ def _panel(edition: Edition, shown: Shown, strip: Strip, ends: tuple[float, floa
 
 
 def _printed(edition: Edition) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """γ and β of the first layer as numbers, where it has few channels."""
+    """Prints γ and β of the first layer as numbers, if it has few channels."""
     printed = []
     for shown in _with_layers(edition):
         layer = shown.run.norm_layers[0]

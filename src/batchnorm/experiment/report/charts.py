@@ -1,4 +1,4 @@
-"""The charts of the report: plain numbers in, one SVG each out."""
+"""The charts of the report: each takes numbers and gives one SVG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SATURATED = 4.0  # sigmoid'(4) is 7% of sigmoid'(0)
 
 @dataclass(frozen=True)
 class Labels:
-    """The words of one chart: its axes with units, what it shows, and what to say when empty."""
+    """The words of one chart: axes with units, description, and the sentence of an empty chart."""
 
     x: str
     y: str
@@ -40,7 +40,7 @@ class Line:
 
 
 def curves(name: str, labels: Labels, lines: Sequence[Line], frame: Frame) -> str:
-    """Draw values by epoch, one line a run; a cross marks where a run stopped being finite."""
+    """Draws values by epoch, one line per run; a cross marks where a run stopped being finite."""
 
     def paint(axes: Axes) -> None:
         _by_epoch(axes, labels, frame)
@@ -53,7 +53,7 @@ def curves(name: str, labels: Labels, lines: Sequence[Line], frame: Frame) -> st
 
 
 def estimates(name: str, labels: Labels, lower: Line, upper: Line, frame: Frame) -> str:
-    """Draw two estimates of one quantity by epoch and shade the gap between them."""
+    """Draws two estimates of one quantity by epoch, and shades the gap between them."""
 
     def paint(axes: Axes) -> None:
         _by_epoch(axes, labels, frame)
@@ -73,14 +73,14 @@ def estimates(name: str, labels: Labels, lower: Line, upper: Line, frame: Frame)
 
 
 def memory(name: str, labels: Labels, momentum: float, recent: int, note: str) -> str:
-    """Draw how much each past mini-batch weighs in a running statistic, m (1 - m)^k.
+    """Draws how much each past mini-batch weighs in a running statistic, m (1 - m)^k.
 
     Args:
-        name: name of the chart.
-        labels: its words.
-        momentum: m, the weight of the newest mini-batch, between 0 and 1.
-        recent: how many of the newest mini-batches to set off from the others.
-        note: what to say about those.
+        name: Name of the chart.
+        labels: Words of the chart.
+        momentum: Weight m of the newest mini-batch, between 0 and 1.
+        recent: Number of the newest mini-batches to set off from the others.
+        note: Text beside those.
 
     Returns:
         The chart.
@@ -111,18 +111,18 @@ def strips(
     bounds: tuple[float, float],
     style: Style,
 ) -> str:
-    """Draw one dot per channel, a row per layer, with the row's median as a short line.
+    """Draws one dot per channel, a row per layer, with the row's median as a short line.
 
     Args:
-        name: name of the chart.
-        labels: its words.
-        rows: the layers, in the order of the network, with one value per channel each.
-        scale: where on the horizontal axis a value stands.
-        bounds: the ends of that axis, as places.
-        style: of the run.
+        name: Name of the chart.
+        labels: Words of the chart.
+        rows: The layers in the order of the network, each with one value per channel.
+        scale: The horizontal axis.
+        bounds: Ends of that axis, as places.
+        style: Style of the run.
 
     Returns:
-        The chart; values without a place on the axis are left out.
+        The chart, without the values that have no place on the axis.
     """
     places = [[scale.place(value) for value in values] for _, values in rows]
     names = [drawing.fit(layer) for layer, _ in rows]
@@ -176,7 +176,7 @@ def bands(
 
 
 def _known(values: Sequence[float]) -> list[float]:
-    """The values with NaN, which is not drawn, for every one that is not finite."""
+    """Replaces values that are not finite by NaN, which is not drawn."""
     return [value if math.isfinite(value) else math.nan for value in values]
 
 

@@ -1,4 +1,4 @@
-"""One language edition of the results: the runs with the names and styles they go by."""
+"""The results in one language: the runs with their names and styles, and the parts of a page."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cached_property
 
 from batchnorm.charts import drawing, numerals
 from batchnorm.charts.drawing import Style
-from batchnorm.experiment.report.results import Results, Run
 from batchnorm.experiment.report.words import Say
+from batchnorm.experiment.results import Results, Run
 
 _NAMES = {
     "batchnorm": "run.batchnorm",
@@ -21,7 +21,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Swatch:
-    """An entry of a legend: a picture of the template and what it means, for one run or for all."""
+    """An entry of a legend: a picture of the template and its meaning, for one run or for all."""
 
     kind: str
     label: str
@@ -30,7 +30,7 @@ class Swatch:
 
 @dataclass(frozen=True)
 class Shown:
-    """A run as the page shows it; position counts from 0 and picks the style."""
+    """A run with its name on the page; ``position`` counts from 0 and picks the style."""
 
     position: int
     run: Run
@@ -38,7 +38,7 @@ class Shown:
 
     @property
     def style(self) -> Style:
-        """Colour, dashes and marker of the run."""
+        """Color, dashes and marker of the run."""
         return drawing.STYLES[self.position]
 
     @property
@@ -68,7 +68,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter: what to see and why, the charts, what to know below them, their numbers."""
+    """A chapter: text, charts, text below them, and tables of their numbers."""
 
     key: str
     title: str
@@ -82,7 +82,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Edition:
-    """Results with the words to tell them in."""
+    """Results, and the function that says sentences in one language."""
 
     results: Results
     say: Say
@@ -104,12 +104,12 @@ class Edition:
         )
 
     @cached_property
-    def normalised(self) -> tuple[Shown, ...]:
+    def normalized(self) -> tuple[Shown, ...]:
         """The runs whose network has batch norm layers."""
-        return tuple(shown for shown in self.shown if shown.run.normalised)
+        return tuple(shown for shown in self.shown if shown.run.normalized)
 
     @property
     def epochs(self) -> tuple[int, int]:
         """The first and the last epoch that any run has finished."""
-        numbers = [epoch.number for shown in self.shown for epoch in shown.run.epochs]
+        numbers = [epoch.epoch for shown in self.shown for epoch in shown.run.epochs]
         return (min(numbers), max(numbers)) if numbers else (0, 1)

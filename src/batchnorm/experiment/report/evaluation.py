@@ -12,17 +12,17 @@ from batchnorm.charts.scales import Frame, percent_tick
 from batchnorm.experiment.report import charts
 from batchnorm.experiment.report.charts import Labels, Line
 from batchnorm.experiment.report.edition import Edition, Panel, Section, Shown, Swatch, Table
-from batchnorm.experiment.report.results import MOMENTUM
+from batchnorm.nets import MOMENTUM
 
 LAST = 5
 
 
 def estimates(edition: Edition) -> Section:
-    """Test accuracy with running and with population statistics, for each run that has both."""
+    """Shows test accuracy with running and with population statistics, for runs with batch norm."""
     say = edition.say
     values = [
         value
-        for shown in edition.normalised
+        for shown in edition.normalized
         for field in ("test_accuracy_running", "test_accuracy_population")
         for value in shown.run.series(field)
     ]
@@ -32,7 +32,7 @@ def estimates(edition: Edition) -> Section:
         title=say("estimates.title"),
         paragraphs=[
             say("estimates.what"),
-            *(sentence for shown in edition.normalised for sentence in _gap(edition, shown)),
+            *(sentence for shown in edition.normalized for sentence in _gap(edition, shown)),
             say("estimates.so"),
         ],
         legend=[
@@ -40,8 +40,8 @@ def estimates(edition: Edition) -> Section:
             Swatch("running", say("estimates.legend_running")),
         ],
         panels=[
-            *(_estimate(edition, shown, frame) for shown in edition.normalised if shown.run.epochs),
-            *([_memory(edition)] if edition.normalised else []),
+            *(_estimate(edition, shown, frame) for shown in edition.normalized if shown.run.epochs),
+            *([_memory(edition)] if edition.normalized else []),
         ],
         tables=[_estimates_table(edition)],
         asides=_definitions(edition),
@@ -49,9 +49,9 @@ def estimates(edition: Edition) -> Section:
 
 
 def _definitions(edition: Edition) -> list[str]:
-    say = edition.say
+    say, settings, data = edition.say, edition.results.settings, edition.results.data
     recent, share = _remembered()
-    rates = sorted({shown.run.learning_rate for shown in edition.normalised})
+    rates = sorted({shown.run.learning_rate for shown in edition.normalized})
     return [
         say(
             "estimates.running",
@@ -63,13 +63,13 @@ def _definitions(edition: Edition) -> list[str]:
         ),
         say(
             "estimates.population",
-            n=numerals.count(edition.results.settings.population_examples),
+            n=numerals.count(min(settings.population_examples, data.train_examples)),
         ),
     ]
 
 
 def _remembered() -> tuple[int, str]:
-    """The number 1 / m of mini-batches, and their weight in a running statistic."""
+    """Returns the number 1 / m of mini-batches, and their weight in a running statistic."""
     recent = round(1 / MOMENTUM)
     return recent, f"{100 * (1 - (1 - MOMENTUM) ** recent):.0f}%"
 
@@ -89,7 +89,7 @@ def _memory(edition: Edition) -> Panel:
 
 def _estimate(edition: Edition, shown: Shown, frame: Frame) -> Panel:
     say, run = edition.say, shown.run
-    epochs = [epoch.number for epoch in run.epochs]
+    epochs = [epoch.epoch for epoch in run.epochs]
     color = shown.style.color
     title = say("estimates.panel", run=shown.label)
     labels = Labels(
@@ -108,7 +108,7 @@ def _estimate(edition: Edition, shown: Shown, frame: Frame) -> Panel:
 
 def _gap(edition: Edition, shown: Shown) -> list[Markup]:
     gaps = [
-        (abs(epoch.test_accuracy_population - epoch.test_accuracy_running), epoch.number)
+        (abs(epoch.test_accuracy_population - epoch.test_accuracy_running), epoch.epoch)
         for epoch in shown.run.epochs
     ]
     known = [gap for gap in gaps if math.isfinite(gap[0])]
@@ -121,8 +121,8 @@ def _gap(edition: Edition, shown: Shown) -> list[Markup]:
         edition.say(
             key,
             run=shown.label,
-            first=last[0].number,
-            last=last[-1].number,
+            first=last[0].epoch,
+            last=last[-1].epoch,
             running=numerals.span(e.test_accuracy_running for e in last),
             population=numerals.span(e.test_accuracy_population for e in last),
             gap=numerals.decimal(100 * gap, 1),
@@ -143,14 +143,14 @@ def _estimates_table(edition: Edition) -> Table:
     rows = [
         [
             shown.label,
-            str(epoch.number),
+            str(epoch.epoch),
             numerals.percent(epoch.test_accuracy_running),
             numerals.percent(epoch.test_accuracy_population),
             numerals.decimal(
                 100 * (epoch.test_accuracy_population - epoch.test_accuracy_running), 1
             ),
         ]
-        for shown in edition.normalised
+        for shown in edition.normalized
         for epoch in shown.run.epochs
     ]
     return Table(say("estimates.title"), header, rows)

@@ -37,30 +37,33 @@ class Headline:
 
 
 def headline(edition: Edition) -> Headline:
-    """Say what came out, under which settings, and which runs did not end well."""
-    results = edition.results
-    compared = results.baseline is not None and bool(edition.normalised)
+    """Says the result, the settings, and which runs did not end well."""
+    results, data = edition.results, edition.results.data
+    compared = results.baseline is not None and bool(edition.normalized)
     key = "page.title_compared" if compared else "page.title"
     return Headline(
-        title=edition.say(key, data=results.data.name),
+        title=edition.say(key, data=data.name),
         lead=_lead(edition),
         tiles=_tiles(edition),
         settings=_settings(edition),
-        notices=[notice for shown in edition.shown for notice in _notices(edition, shown)],
+        notices=[
+            *([edition.say("notice.stand_in", data=data.name)] if data.stand_in else []),
+            *(notice for shown in edition.shown for notice in _notices(edition, shown)),
+        ],
     )
 
 
 def _lead(edition: Edition) -> str:
-    """Compare the one run with batch norm to the one without, if both ended well."""
+    """Compares the one run with batch norm to the one without, if both ended well."""
     say, runs = edition.say, edition.results.runs
     sound = all(run.complete and run.epochs and run.diverged_in is None for run in runs)
     plain = edition.results.baseline
     if plain is None or len(runs) != 2 or not sound:
         return say("lead.runs", n=len(runs))
-    normed, last = edition.normalised[0].run.epochs[-1], plain.epochs[-1]
+    normed, last = edition.normalized[0].run.epochs[-1], plain.epochs[-1]
     return say(
         "lead.pair",
-        epochs=last.number,
+        epochs=last.epoch,
         loss_with=numerals.decimal(normed.loss),
         loss_without=numerals.decimal(last.loss),
         running=numerals.percent(normed.test_accuracy_running),
@@ -74,7 +77,7 @@ def _tiles(edition: Edition) -> list[Tile]:
     ended = [(shown, shown.run.epochs[-1]) for shown in edition.shown if shown.run.epochs]
     tests = []
     for shown, last in ended:
-        if not shown.run.normalised:
+        if not shown.run.normalized:
             value = numerals.percent(last.test_accuracy_running)
             tests.append(Reading(shown.swatch, value))
             continue
@@ -121,6 +124,6 @@ def _notices(edition: Edition, shown: Shown) -> list[str]:
     if run.diverged_in is not None:
         notices.append(say("notice.diverged", run=shown.label, epoch=run.diverged_in))
     if not run.complete:
-        done, planned = run.epochs[-1].number, edition.results.settings.epochs
+        done, planned = run.epochs[-1].epoch, edition.results.settings.epochs
         notices.append(say("notice.interrupted", run=shown.label, done=done, planned=planned))
     return notices

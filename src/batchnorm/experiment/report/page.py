@@ -1,37 +1,36 @@
-"""One HTML file that tells the results: offline, in light and dark, for desktop and phone."""
+"""The results as one HTML file: offline, in light and dark, for desktop and phone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from batchnorm.charts.palette import DARK, LIGHT, css_variables
+from batchnorm.experiment.results import Results
 from batchnorm.files import write_text
 
 
-def render(results: Mapping, lang: str = "en") -> str:
-    """Tell the results of a training comparison as one self-contained HTML page.
+def render(results: Results, lang: str = "en") -> str:
+    """Makes one self-contained HTML page of the results of a run.
 
     Args:
-        results: what the training code produced, schema 1; its numbers may be NaN or null.
-        lang: "en" or "zh".
+        results: Results of a run, finished or not; numbers may be NaN.
+        lang: ``en`` or ``zh``.
 
     Returns:
         The page. It loads nothing; the same results give the same text.
 
     Raises:
-        ValueError: the results do not follow the schema, or there is no such language.
+        ValueError: There is no such language.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from batchnorm.experiment.report import activations, channels, evaluation, training
     from batchnorm.experiment.report.edition import Edition
     from batchnorm.experiment.report.headline import headline
-    from batchnorm.experiment.report.reading import read
     from batchnorm.experiment.report.words import speak
 
     say = speak(lang)
-    edition = Edition(read(results), say)
+    edition = Edition(results, say)
     sections = [
         training.curves(edition),
         evaluation.estimates(edition),
@@ -55,17 +54,17 @@ def render(results: Mapping, lang: str = "en") -> str:
     )
 
 
-def write(results: Mapping, path: Path, lang: str = "en") -> None:
-    """Render the page and put it at a path, whole or not at all.
+def write(results: Results, path: Path, lang: str = "en") -> None:
+    """Writes the page to a path, whole or not at all.
 
     Args:
-        results: as for `render`.
-        path: the file to write; one that is there is replaced.
-        lang: "en" or "zh".
+        results: As for `render`.
+        path: Path of the file; one that exists is replaced.
+        lang: ``en`` or ``zh``.
 
     Raises:
-        ValueError: as for `render`; nothing has been written then.
-        FileNotFoundError: the folder does not exist.
+        ValueError: As for `render`; nothing has been written then.
+        FileNotFoundError: The folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it.")

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
 from batchnorm.charts import numerals
-from batchnorm.experiment.report.reading import read
-from batchnorm.experiment.report.results import Run
 from batchnorm.experiment.report.words import Say, speak
+from batchnorm.experiment.results import Results, Run
 
 LAST = 5
 
 
-def table(results: Mapping, lang: str = "en") -> Table:
-    """Tell where each run ended: one row a run, with the range of its last five epochs.
+def table(results: Results, lang: str = "en") -> Table:
+    """Makes a table of the last epochs, one row per norm.
 
     Args:
-        results: what the training code produced, schema 1; its numbers may be NaN or null.
-        lang: "en" or "zh".
+        results: Results of a run, finished or not; numbers may be NaN.
+        lang: ``en`` or ``zh``.
 
     Returns:
-        A rich table that fits 80 columns. Below a test accuracy stands its range over the last
-        five epochs, because one epoch of it says little at a high learning rate.
+        A rich table that fits 80 columns. A test accuracy has its range over the last five epochs
+        below it, because one epoch says little at a high learning rate.
 
     Raises:
-        ValueError: the results do not follow the schema, or there is no such language.
+        ValueError: There is no such language.
     """
-    say, checked = speak(lang), read(results)
-    title = say("terminal.title", data=checked.data.name, seed=checked.settings.seed)
+    say = speak(lang)
+    title = say("terminal.title", data=results.data.name, seed=results.settings.seed).unescape()
+    if results.data.stand_in:
+        title = f"{say('notice.stand_in', data=results.data.name).striptags()}\n\n{title}"
     drawn = Table(
         box=SIMPLE,
-        title=Text(title.unescape()),
+        title=Text(title),
         caption=Text(say("terminal.caption", n=LAST)),
         title_justify="left",
         caption_justify="left",
@@ -52,8 +53,8 @@ def table(results: Mapping, lang: str = "en") -> Table:
         say("terminal.speed"),
     ):
         drawn.add_column(Text(header), justify="right", no_wrap=True)
-    for run in checked.runs:
-        drawn.add_row(*_cells(run, checked.settings.epochs, say))
+    for run in results.runs:
+        drawn.add_row(*_cells(run, results.settings.epochs, say))
     return drawn
 
 
@@ -67,11 +68,11 @@ def _cells(run: Run, planned: int, say: Say) -> list[Text]:
     if not run.epochs:
         return [name, rate, Text(f"0/{planned}"), *[Text("—")] * 5]
     last = run.epochs[-1]
-    population = run.series("test_accuracy_population") if run.normalised else ()
+    population = run.series("test_accuracy_population") if run.normalized else ()
     return [
         name,
         rate,
-        Text(f"{last.number}/{planned}"),
+        Text(f"{last.epoch}/{planned}"),
         Text(numerals.decimal(last.loss)),
         Text(numerals.percent(last.train_accuracy)),
         _accuracy(run.series("test_accuracy_running")),

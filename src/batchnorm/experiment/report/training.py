@@ -16,7 +16,7 @@ Write = Callable[[float], str]
 
 
 def curves(edition: Edition) -> Section:
-    """Loss, accuracies and speed by epoch, all runs in each chart."""
+    """Shows loss, accuracies and speed by epoch, all runs in each chart."""
     say = edition.say
     charted = (
         ("loss", say("curves.loss"), say("axis.loss"), 1.0, numerals.decimal),
@@ -28,7 +28,7 @@ def curves(edition: Edition) -> Section:
     header = [say("table.run"), say("axis.epoch"), *(title for _, title, *_ in charted[:-1])]
     header.append(say("table.speed"))
     rows = [
-        [shown.label, str(epoch.number)]
+        [shown.label, str(epoch.epoch)]
         + [write(getattr(epoch, field)) for field, _, _, _, write in charted]
         for shown in edition.shown
         for epoch in shown.run.epochs
@@ -47,7 +47,7 @@ def _curve(edition: Edition, field: str, title: str, axis: str, unit: float, wri
     lines = [
         Line(
             shown.style,
-            [epoch.number for epoch in shown.run.epochs],
+            [epoch.epoch for epoch in shown.run.epochs],
             [value / unit for value in shown.run.series(field)],
         )
         for shown in edition.shown
@@ -75,7 +75,7 @@ def _curve(edition: Edition, field: str, title: str, axis: str, unit: float, wri
 
 
 def _overtaking(edition: Edition) -> list[str]:
-    """When each run with batch norm passes what the run without ends at."""
+    """Says when each run with batch norm passes the final accuracy of the run without."""
     baseline = edition.results.baseline
     if baseline is None or not baseline.epochs:
         return []
@@ -83,8 +83,8 @@ def _overtaking(edition: Edition) -> list[str]:
     if not math.isfinite(goal) or baseline.diverged_in is not None:
         return []
     runs = []
-    for shown in edition.normalised:
-        passed = [e.number for e in shown.run.epochs if e.train_accuracy > goal]
+    for shown in edition.normalized:
+        passed = [e.epoch for e in shown.run.epochs if e.train_accuracy > goal]
         key = "curves.passes" if passed else "curves.never_passes"
         runs.append(edition.say(key, run=shown.label, epoch=passed[0] if passed else 0))
     if not runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ def compiled(name: str, function: Any, signature: Any) -> int:
 
 
 def _compiled_now(name: str, function: Any, signature: Any) -> storage.MachineCode:
+    logging.getLogger("batchnorm.kernels").info("compiling %s", name)
     code = storage.MachineCode(*object_code(function, signature))
     storage.write(name, code)
     return code
