@@ -52,6 +52,7 @@ def keep_freed_memory() -> str | None:
         sentence without a full stop.
 
     Example:
+        >>> from batchnorm import keep_freed_memory
         >>> keep_freed_memory()  # doctest: +SKIP
     """
     reason = _refusal()

@@ -1,8 +1,8 @@
 """Every private name of torch that this library uses, each behind a name of its own.
 
 torch has no public way to ask what these functions answer. A private name may vanish with any
-release, so each is looked up here, once. Where one is missing, a warning says so, and what stands
-in for it is slower, or makes torch raise an error of its own; no result becomes wrong.
+release, so each is looked up here, once. Where one is missing, a warning says so, and the library
+becomes slower, or torch raises an error of its own; no result becomes wrong.
 ``tests/test_torch_internals.py`` uses each name and takes each away.
 """
 
@@ -63,7 +63,7 @@ KNOWS_TRANSFORMS = _transforms_active is not None and _level is not None
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or a level of forward mode is active.
+    """Tells if a transform of ``torch.func`` or a level of forward mode is active.
 
     ``torch.autograd.Function`` itself asks the first question like this.
     """
@@ -71,17 +71,17 @@ def is_transformed() -> bool:
 
 
 def is_func_transformed() -> bool:
-    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is active."""
+    """Tells if a transform of ``torch.func`` (``grad``, ``vmap``, ...) is active."""
     return KNOWS_TRANSFORMS and _transforms_active()
 
 
 def is_recorded() -> bool:
-    """Whether a ``TorchDispatchMode`` (as for fake tensors) or ``torch.jit.trace`` is active."""
+    """Tells if a ``TorchDispatchMode`` (as for fake tensors) or ``torch.jit.trace`` is active."""
     return _mode_depth() > 0 or torch.jit.is_tracing()
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether a ``torch.autograd.graph.saved_tensors_hooks`` block is active."""
+    """Tells if a ``torch.autograd.graph.saved_tensors_hooks`` block is active."""
     return _top_hooks(True) is not None
 
 
@@ -115,7 +115,7 @@ def when_backward_pass_ends(callback: Callable[[], None]) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the calls of this module, or to its gradients."""
+    """Tells if somebody listens to the calls of this module, or to its gradients."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
@@ -125,10 +125,10 @@ def global_hooks() -> list[Callable[..., Any]]:
 
 
 def is_write_into_captured(error: RuntimeError) -> bool:
-    """Whether torch refused to write into a tensor that ``torch.func.grad`` captured."""
+    """Tells if torch refused to write into a tensor that ``torch.func.grad`` captured."""
     return "mutate a captured Tensor" in str(error)
 
 
 def is_write_under_vmap(error: RuntimeError) -> bool:
-    """Whether torch refused to write mapped values into a tensor that is not mapped."""
+    """Tells if torch refused to write mapped values into a tensor that is not mapped."""
     return any(words in str(error) for words in ("vmap", "Batching rule"))

@@ -15,7 +15,7 @@ Pass = Literal["forward", "backward", "both", "eval"]
 Net = Literal["lenet", "resnet18", "resnet50"]
 Extent = Literal["quick", "usual", "all"]
 Word = Literal[Group, "steps", Layout, Precision, Variant, Pass]
-"""What a row may be selected by; ``steps`` are the training steps."""
+"""Words that select rows; ``steps`` are the training steps."""
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)

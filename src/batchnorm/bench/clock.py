@@ -34,7 +34,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a row: at least ``rounds``, and until ``seconds`` have passed."""
+    """The time to spend on a row: at least ``rounds``, and until ``seconds`` have passed."""
 
     seconds: float
     rounds: int

@@ -30,7 +30,7 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Setting:
-    """How a net is measured.
+    """Settings in which a net is measured.
 
     Attributes:
         batch: Images a step.

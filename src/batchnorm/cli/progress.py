@@ -1,4 +1,4 @@
-"""How far a command is, on standard error: the one progress bar of all commands.
+"""The one progress bar of all commands, on standard error.
 
 It imports rich, so commands import it where they need it.
 """
@@ -37,7 +37,7 @@ class Bar(AbstractContextManager["Bar"]):
     Args:
         unit: What is counted, in the plural.
         total: How many there will be; None if that is not known.
-        text: Stands before the bar.
+        text: The words before the bar.
 
     Example:
         >>> with Bar("rows", total=2) as bar:
@@ -62,7 +62,7 @@ class Bar(AbstractContextManager["Bar"]):
 
     @property
     def text(self) -> str:
-        """Stands before the bar."""
+        """The words before the bar."""
         return self._progress.tasks[0].description
 
     @text.setter
@@ -71,7 +71,7 @@ class Bar(AbstractContextManager["Bar"]):
 
     @property
     def total(self) -> float | None:
-        """How many there will be; None, or 0 when set, if that is not known."""
+        """The number to reach; None, or 0 when set, if it is not known."""
         return self._progress.tasks[0].total
 
     @total.setter
@@ -80,7 +80,7 @@ class Bar(AbstractContextManager["Bar"]):
 
     @property
     def done(self) -> float:
-        """How many are done."""
+        """The number reached."""
         return self._progress.tasks[0].completed
 
     @done.setter

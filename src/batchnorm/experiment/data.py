@@ -47,7 +47,7 @@ LARGEST = 64 * 2**20
 """Bytes after which unpacking stops; the largest of the four files has 47,040,016."""
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package ``dataset-fashion-mnist`` puts the files."""
+"""The folder in which Debian's package ``dataset-fashion-mnist`` puts the files."""
 
 MIRRORS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",

@@ -33,7 +33,7 @@ from batchnorm.nets import Norm
 
 @dataclass(frozen=True)
 class Defaults:
-    """How networks are trained unless the user says otherwise.
+    """Settings of training that hold unless the user gives others.
 
     Attributes:
         epochs: Passes over the training images.

@@ -1,4 +1,4 @@
-"""What is measured of a network between epochs; training goes on as if nothing had been."""
+"""Measurements of a network between epochs, which leave its training as it is."""
 
 from __future__ import annotations
 

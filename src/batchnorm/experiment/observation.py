@@ -1,4 +1,4 @@
-"""What a report shows of a network in training, as numbers."""
+"""The numbers of a network in training that a report shows."""
 
 from __future__ import annotations
 

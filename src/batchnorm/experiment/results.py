@@ -42,7 +42,7 @@ _RULES = {
     "model_type": "an object",
     "dict_type": "an object",
 }
-"""What a value had to be, by pydantic's name of the fault."""
+"""The rule that a value broke, by pydantic's name of the fault."""
 
 
 class _Record(BaseModel):
@@ -66,7 +66,7 @@ class Data(_Record):
 
 
 class Settings(_Record):
-    """How every norm is trained.
+    """Settings with which every norm is trained.
 
     Attributes:
         norms: The norms to train, in turn.
@@ -178,7 +178,7 @@ class Run(_Record):
 
     @property
     def normalized(self) -> bool:
-        """Whether the network has batch norm layers."""
+        """True if the network has batch norm layers."""
         return self.norm != "none"
 
     @property

@@ -1,4 +1,4 @@
-"""Which backend computes a tensor, and the three calls that every backend serves.
+"""The choice of a backend, and the three calls that every backend serves.
 
 A backend that the user named is obeyed or refused, never replaced.
 """

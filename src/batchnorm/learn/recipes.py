@@ -1,7 +1,7 @@
 """The lesson as tables: name, formula and code of every step, for an input of two to five axes.
 
 The data ``X`` and ``P``, the parameters and the old moving statistics are given; every other name
-that a line of code reads is the name of an earlier step, or stands on a line above.
+that a line of code reads is the name of an earlier step, or is set on a line above.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MakeNorm = Callable[[int], nn.Module]
-"""Makes the norm of an image with so many channels; ``nn.Identity`` makes none."""
+"""Makes the norm for a number of channels; ``nn.Identity`` makes none."""
 
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 

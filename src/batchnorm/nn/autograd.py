@@ -63,7 +63,7 @@ def by_formula(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _may_fail_to_save(*tensors: Tensor | None) -> bool:
-    """Whether saving tensors for a backward pass may raise; nothing may have moved by then.
+    """Tells if saving tensors for a backward pass may raise; nothing may have been updated by then.
 
     torch refuses to save tensors of inference mode, and a hook on saved tensors may do anything, as
     in activation checkpointing that stops early.
@@ -86,7 +86,7 @@ class _DirectCall(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs besides tensors.
+    """Arguments and results of a forward pass that are no tensors, saved for the backward pass.
 
     Attributes:
         direct: Whether the forward pass was on the direct route.

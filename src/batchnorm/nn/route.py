@@ -18,7 +18,7 @@ _ORDINARY = (Tensor, nn.Parameter)
 
 
 class Route(Enum):
-    """How torch gets to the numbers of a call.
+    """The ways in which torch gets to the numbers of a call.
 
     Attributes:
         DIRECT: Python calls a backend, inside a `torch.autograd.Function` where gradients are
@@ -67,7 +67,7 @@ def choose(
 
 
 def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether torch's dispatcher has nothing to do for these tensors in eager mode.
+    """Tells if torch's dispatcher has nothing to do for these tensors in eager mode.
 
     It has where a mode or a tracer records, under a transform, and for a tensor that is a subclass,
     is not on the CPU, wraps another one (as in ``torch.autograd.grad(..., is_grads_batched=True)``)

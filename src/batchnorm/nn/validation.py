@@ -1,4 +1,4 @@
-"""What `batchnorm.nn.functional.batch_norm` demands of its arguments.
+"""Checks of the arguments of `batchnorm.nn.functional.batch_norm`.
 
 Each check raises the exception type that torch raises for the same fault, before anything is
 changed.

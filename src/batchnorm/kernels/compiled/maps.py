@@ -1,4 +1,4 @@
-"""What happens to one vector at ``[r, k]``, whether it belongs to one channel or to many.
+"""Operations on one vector at ``[r, k]``, which may belong to one channel or to many.
 
 Coefficients are vectors. Sums leave out the first ``skip`` places, which belong to the vector
 before. Like everything in `batchnorm.kernels.compiled.vectors`, all of this works on single numbers
