@@ -80,7 +80,7 @@ def python(code, **environment):
             "-W",
             "ignore::DeprecationWarning",
             "-c",
-            f"from test_parallel import *\n{code}",
+            f"from kernels.test_parallel import *\n{code}",
         ],
         cwd=Path(__file__).parents[1],
         env=os.environ | environment,

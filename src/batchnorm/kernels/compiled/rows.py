@@ -102,11 +102,11 @@ def normalize(tensors, options, r, start, stop, coefficients, ahead, vectors):
     """Applies `maps.normalize` to a part of a row, which begins at a byte of the mask."""
     wide, few = vectors
     end = stop - (stop - start) % LANES
-    of_lanes = in_all_lanes(coefficients, wide)
     for j in range(start, end, LANES):
         if ahead >= 0:
             prefetch(tensors.x, ahead, j, wide)
-        maps.normalize(tensors, options, r, j, 0, of_lanes, wide)
+        # LLVM moves the broadcast out of the loop, but not into rows that are too short for it.
+        maps.normalize(tensors, options, r, j, 0, in_all_lanes(coefficients, wide), wide)
     of_few = in_all_lanes(coefficients, few)
     whole = stop - (stop - end) % FEW
     for j in range(end, whole, FEW):
@@ -146,12 +146,11 @@ def grad_input(tensors, options, r, start, stop, coefficients, ahead, vectors):
     """
     wide, few = vectors
     end = stop - (stop - start) % LANES
-    of_lanes = in_all_lanes(coefficients, wide)
     for j in range(start, end, LANES):
         if ahead >= 0:
             prefetch(tensors.x, ahead, j, wide)
             prefetch(tensors.grad, ahead, j, wide)
-        maps.grad_input(tensors, options, r, j, of_lanes, wide)
+        maps.grad_input(tensors, options, r, j, in_all_lanes(coefficients, wide), wide)
     of_few = in_all_lanes(coefficients, few)
     for j in range(end, stop, FEW):
         left = min(j, stop - FEW)
