@@ -77,7 +77,7 @@ class ResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            raise NotImplementedError
+            raise NotImplementedError("no checkpointing")
         return self.layer2(self.layer1(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,4 +153,4 @@ class Tail(nn.Module):
         return self.tail(self.bn(self.conv(x)), x.mean(1, keepdim=True).expand(-1, 4, -1, -1) + 0)
 
     def tail(self, out: Tensor, residual: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError("no checkpointing")

@@ -192,3 +192,16 @@ def test_unbiased_var_needs_two_values(count):
     got = unbiased_var(Moments(count, torch.zeros(2), torch.zeros(2)))
     assert got.shape == (2,)
     assert got.isnan().all()
+
+
+def test_two_parts_merge_as_many_do():
+    """A count for each channel takes the way of many parts; two whole numbers a shorter one."""
+    first, second = exact(data(5, seed=1, mean=3.0)), exact(data(9, seed=2, std=2.0))
+    short = merge_moments(first, second)
+    counts = torch.full((3,), 5), torch.full((3,), 9)
+    long = merge_moments(
+        *(Moments(n, m.mean, m.var) for n, m in zip(counts, (first, second), strict=True))
+    )
+    torch.testing.assert_close(short.mean, long.mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(short.var, long.var, rtol=1e-14, atol=0)
+    assert short.count == 14

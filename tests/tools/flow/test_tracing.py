@@ -357,7 +357,7 @@ def test_another_flag_or_child_falls_back():
     accelerate(model)
 
     model.grad_checkpointing = True
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="no checkpointing"):
         model(images())
     model.grad_checkpointing = False
 
