@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ def pre_activations(model: nn.Sequential, images: Tensor) -> dict[str, list[floa
     found: dict[str, list[float]] = {}
 
     def note(name: str, x: Tensor) -> None:
-        values = x.float().flatten()
-        found[name] = torch.quantile(values, values.new_tensor(QUANTILES)).tolist()
+        # NumPy selects where torch.quantile sorts, which took a quarter of an epoch of digits.
+        found[name] = np.quantile(x.float().cpu().numpy(), QUANTILES).tolist()
 
     sigmoids = {name: model.get_submodule(f"{name}_sigmoid") for name in LAYERS}
     pass_in_training(model, [images], sigmoids, note)
