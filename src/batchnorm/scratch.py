@@ -78,7 +78,7 @@ def batch_norm(
 
     Example:
         >>> X, one, zero = torch.tensor([[1.0], [3.0]]), torch.ones(1, 1), torch.zeros(1, 1)
-        >>> Y, mean, var = batch_norm(X, one, zero, zero, one, eps=0, momentum=0.5, training=True)
+        >>> Y, mean, var = batch_norm(X, one, zero, zero, one, eps=0.0, momentum=0.5, training=True)
         >>> Y.flatten().tolist(), mean.item(), var.item()
         ([-1.0, 1.0], 1.0, 1.0)
     """

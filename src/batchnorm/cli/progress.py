@@ -48,7 +48,7 @@ class Bar(AbstractContextManager["Bar"]):
         2
     """
 
-    def __init__(self, unit: str, *, total: float | None = None, text: str = "") -> None:
+    def __init__(self, unit: str, *, total: int | float | None = None, text: str = "") -> None:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -70,24 +70,24 @@ class Bar(AbstractContextManager["Bar"]):
         self._progress.update(self._task, description=text)
 
     @property
-    def total(self) -> float | None:
+    def total(self) -> int | float | None:
         """The number to reach; None, or 0 when set, if it is not known."""
         return self._progress.tasks[0].total
 
     @total.setter
-    def total(self, total: float | None) -> None:
+    def total(self, total: int | float | None) -> None:
         self._progress.tasks[0].total = total or None
 
     @property
-    def done(self) -> float:
+    def done(self) -> int | float:
         """The number reached."""
         return self._progress.tasks[0].completed
 
     @done.setter
-    def done(self, done: float) -> None:
+    def done(self, done: int | float) -> None:
         self._progress.update(self._task, completed=done)
 
-    def update(self, amount: float) -> None:
+    def update(self, amount: int | float) -> None:
         """Counts ``amount`` more."""
         self._progress.advance(self._task, amount)
 

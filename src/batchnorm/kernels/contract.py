@@ -20,7 +20,7 @@ they mean the composition of the stages, in fewer passes over memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class Gradients(NamedTuple):
     residual: Tensor | None
 
 
+@runtime_checkable  # The tests check annotations at run time.
 class Backend(Protocol):
     """Batch normalization in four stages and two composites."""
 
