@@ -19,6 +19,7 @@ NAMES = [
     "_C._autograd._top_saved_tensors_default_hooks",
     "_C._current_graph_task_id",
     "_C._has_storage",
+    "_C.__file__",
 ]
 
 

@@ -69,14 +69,15 @@ def _umask() -> int:
 
 def as_json(value: Any) -> str:
     """Returns JSON in one line, with null for NaN and infinities, which JSON does not have."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    return json.dumps(for_json(value), ensure_ascii=False, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def for_json(value: Any) -> Any:
+    """Returns ``value`` with None for NaN and infinities, in mappings and sequences as well."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [for_json(item) for item in value]
     return value

@@ -1,8 +1,9 @@
 """Every private name of torch that this library uses, each behind a name of its own.
 
 torch has no public way to ask what these functions answer. A private name may vanish with any
-release, so each is looked up here, once. Where one is missing, a warning says so, and the library
-becomes slower, or torch raises an error of its own; no result becomes wrong.
+release. Those that a layer needs are looked up here, once: where one is missing, a warning says so,
+and the library becomes slower, or torch raises an error of its own; no result becomes wrong. The
+hooks of modules and the engine's callback have no such replacement; tools need them.
 ``tests/test_torch_internals.py`` uses each name and takes each away.
 """
 
@@ -52,8 +53,11 @@ _graph_task: Callable[[], int] = _private(
 
 # Hooks on calls and on gradients: attributes of a module, and of torch's module of modules.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS: list[dict[int, Callable[..., Any]]] = [
+    getattr(torch_module, f"_global{kind}", {}) for kind in _HOOKS
+]
 
-# Whether a tensor has memory of its own; wrappers of transforms have none.
+# Tells if a tensor has memory of its own; wrappers of transforms have none.
 has_storage: Callable[[Tensor], bool] = _private(
     "_C._has_storage", lambda _: False, "layers go through torch's dispatcher, which is slow"
 )
@@ -121,7 +125,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 def global_hooks() -> list[Callable[..., Any]]:
     """The hooks that run for every module (``register_module_forward_hook`` and its kin)."""
-    return [hook for kind in _HOOKS for hook in getattr(torch_module, f"_global{kind}").values()]
+    if not any(_GLOBAL_HOOKS):
+        return []
+    return [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
 
 
 def is_write_into_captured(error: RuntimeError) -> bool:

@@ -141,8 +141,8 @@ def test_places_are_looked_in_in_order_and_silently(tiny, tmp_path, monkeypatch)
         ("nowhere", "nowhere: no such folder; name the folder that has the four files of Fashion"),
         (
             "empty",
-            r"empty: train-images-idx3-ubyte, .*, t10k-labels-idx1-ubyte missing, plain and as .gz,"
-            r" there and in FashionMNIST/raw and raw; put all four files of Fashion-MNIST into",
+            r"empty: train-images-idx3-ubyte, .*, t10k-labels-idx1-ubyte missing, unpacked and as "
+            r".gz, there and in FashionMNIST/raw and raw; put all four files of Fashion-MNIST into",
         ),
     ],
 )

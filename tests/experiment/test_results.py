@@ -90,8 +90,8 @@ def test_mean_shift_and_var_ratio():
     ("change", "sentence"),
     [
         (lambda r: r.update(schema=2), "expected schema to be 1, got 2"),
-        (lambda r: r.clear(), "expected a field schema, it is missing"),
-        (lambda r: r.pop("data"), "expected a field data, it is missing"),
+        (lambda r: r.clear(), "expected a field schema, but it is missing"),
+        (lambda r: r.pop("data"), "expected a field data, but it is missing"),
         (lambda r: r.update(runs=[]), "expected runs to have at least 1 items, got 0"),
         (lambda r: r.update(runs=r["runs"] * 3), "expected runs to have at most 4 items, got 6"),
         (lambda r: r.update(runs="none"), "expected runs to be a list, got 'none'"),
@@ -105,7 +105,7 @@ def test_mean_shift_and_var_ratio():
         ),
         (
             lambda r: r["runs"][0]["epochs"][4].pop("loss"),
-            "expected a field runs[0].epochs[4].loss, it is missing",
+            "expected a field runs[0].epochs[4].loss, but it is missing",
         ),
         (
             lambda r: r["runs"][0]["epochs"][4].update(loss="low"),
@@ -178,3 +178,10 @@ def test_every_kind_of_fault_has_words():
 )
 def test_numbers_as_text(written, text):
     assert written == text
+
+
+@pytest.mark.parametrize("field", ["epochs", "batch_size", "threads", "population_examples"])
+def test_counts_are_at_least_one(field):
+    with pytest.raises(ValidationError) as caught:
+        Results.model_validate(changed(lambda r: r["settings"].update({field: 0})))
+    assert first_fault(caught.value) == f"expected settings.{field} to be at least 1, got 0"

@@ -55,7 +55,7 @@ def test_names_a_missing_run(directory):
     [
         ("{", " cannot be read as JSON"),
         ("[]", ": expected everything to be an object, got []"),
-        ('{"settings": {}}', ": expected a field settings.norms, it is missing"),
+        ('{"settings": {}}', ": expected a field settings.norms, but it is missing"),
         ('{"settings": {"norms": ["layer"]}}', ": expected settings.norms[0] to be 'batchnorm', "),
     ],
 )
@@ -70,7 +70,7 @@ def test_names_a_damaged_configuration(directory, text, fault):
 
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [("{", " cannot be read as JSON"), ("{}", ": expected a field schema, it is missing")],
+    [("{", " cannot be read as JSON"), ("{}", ": expected a field schema, but it is missing")],
 )
 def test_names_damaged_results(directory, text, fault):
     path = directory.path / "report.json"

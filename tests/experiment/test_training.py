@@ -10,6 +10,8 @@ from torch import nn
 from batchnorm.experiment import norm_layers, population, training
 from batchnorm.experiment.data import DIGITS, FASHION_MNIST, Dataset
 from batchnorm.experiment.defaults import D2L, FOR_DIGITS, Defaults, defaults_for
+from batchnorm.experiment.evaluation import Evaluation
+from batchnorm.experiment.images import Images
 from batchnorm.experiment.results import Settings
 from batchnorm.experiment.run_directory import RunDirectory, RunError
 from batchnorm.experiment.training import Comparison
@@ -245,3 +247,22 @@ def test_digits_have_defaults_of_their_own(tmp_path, small_data):
     assert run.learning_rate == FOR_DIGITS.rate_without_norm
     assert defaults_for(DIGITS) == FOR_DIGITS
     assert defaults_for(FASHION_MNIST) == D2L == Defaults(10, 256, 1.0, 0.9)
+
+
+def test_a_diverged_network_with_batch_norm_does_not_end_the_comparison(small_data):
+    model = lenet("torch")
+    with torch.no_grad():
+        model[0].weight[0] = torch.nan
+    images = Images(small_data.train_images, small_data.train_labels)
+    evaluation = Evaluation(images, images, settings())
+    running, population, layers = evaluation.measure(model)
+    assert 0 <= running <= 1
+    assert math.isnan(population)
+    assert len(layers) == 4
+
+
+def test_a_device_that_torch_does_not_know_is_one_sentence(tmp_path, small_data):
+    with pytest.raises(
+        ValueError, match=r"^device must be one that torch knows, .* got 'nonsense'\.$"
+    ):
+        compare(tmp_path / "run", small_data, device="nonsense")

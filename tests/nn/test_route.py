@@ -162,10 +162,13 @@ def test_a_gradient_of_a_gradient_takes_the_formula(monkeypatch):
     assert took == ["reference"]
 
 
-def test_an_ordinary_tensor_passes_through_at_most_seven_files():
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_an_ordinary_tensor_passes_through_at_most_seven_files(activation, training, grad):
     """Files of the package in which a Python function holds the input as a local variable."""
-    x = ordinary(4, 3, 8, 8)
-    layer = BatchNorm2d(3)
+    x = ordinary(4, 3, 8, 8).requires_grad_(grad)
+    layer = BatchNorm2d(3, activation=activation).train(training)
     layer(x)
     files = set()
 
@@ -246,3 +249,15 @@ def test_the_decision_is_made_in_one_file():
     assert found == {"nn/route.py"}
     assert list(Route) == [Route.DIRECT, Route.OPERATOR, Route.FORMULA, Route.ATEN]
     assert inspect.getdoc(choose)
+
+
+def test_which_backend_on_inputs_that_nothing_computes():
+    assert which_backend(torch.zeros(0, 3)) == "Nothing computes this input, because it is empty."
+    with pytest.raises(
+        IndexError, match=r"expects a tensor of shape \(N, C, ...\), got shape \(3,"
+    ):
+        which_backend(torch.zeros(3))
+    with pytest.raises(
+        NotImplementedError, match="expects a floating-point tensor, got torch.int32"
+    ):
+        which_backend(torch.zeros(2, 3, dtype=torch.int32))

@@ -436,3 +436,36 @@ def test_importing_freeze_loads_neither_a_tracer_nor_numba():
     assert "batchnorm.tools.freezing" in loaded
     unwanted = {"numba", "batchnorm.tools.flow", "batchnorm.tools.acceleration", "batchnorm.nn"}
     assert unwanted & set(loaded) == set()
+
+
+class Split(nn.BatchNorm2d):
+    """A layer with another one inside, as timm's ``SplitBatchNorm2d``."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.aux = nn.ModuleList([nn.BatchNorm2d(channels)])
+
+
+def test_a_layer_inside_a_layer_is_frozen_on_its_own():
+    model = nn.Sequential(Split(3))
+    freeze(model)
+    assert unfreeze(model, ["0.aux.0"]).layers == ("0.aux.0",)
+    assert not is_frozen(model)
+    assert unfreeze(model).layers == ("0",)
+    assert model.train()[0].training
+
+
+def test_an_outer_layer_is_frozen_once():
+    model = nn.Sequential(Split(3))
+    for _ in range(2):
+        freeze(model, lambda name, layer: name == "0")
+    assert unfreeze(model).layers == ("0",)
+    assert "train" not in vars(model[0])
+
+
+def test_freezing_again_returns_to_evaluation():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    freeze(model)
+    model[0].training = True
+    freeze(model)
+    assert not model[0].training

@@ -246,3 +246,20 @@ def test_compiled(kind):
     assert statistics(model) == before
     compiled(batch)
     assert {layer.num_batches_tracked.item() for layer in layers_of(model)} == {3}
+
+
+def test_a_transaction_ends_after_those_that_began_later():
+    layer = nn.BatchNorm1d(3)
+    own = layer.running_mean
+    first = transaction(layer)
+    second = transaction(layer)
+    with pytest.raises(
+        RuntimeError,
+        match=r"^transaction: layer '' \(BatchNorm1d\) is in a later transaction that is still open; "
+        r"end that one first\.$",
+    ):
+        first.remove()
+    second.remove()
+    first.remove()
+    first.remove()
+    assert layer.running_mean is own

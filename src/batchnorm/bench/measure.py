@@ -27,7 +27,7 @@ from batchnorm.bench.steps import SETTINGS, steps_of
 from batchnorm.version import __version__
 
 STEP_EFFORT = 5
-"""Times the seconds of a row that a training step gets, because steps differ by a few per cent."""
+"""A training step gets this many times the seconds of a row: steps differ by a few percent."""
 
 Announce = Callable[[str], None]
 

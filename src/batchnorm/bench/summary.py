@@ -9,7 +9,7 @@ from typing import Any
 
 KIND = ("group", "layout", "dtype", "variant", "pass")
 CLEARLY = 1.05
-"""Times as long as torch's; a smaller difference is noise."""
+"""A row is slower if it takes more than this many times torch's time; less is noise."""
 
 Row = Mapping[str, Any]
 

@@ -34,7 +34,7 @@ NOTE = (
     "take turns in one process. × torch: torch's time over ours. GB/s: the bytes that this work "
     "must move at least, each tensor once, over our time. copy: that speed as a share of the speed "
     "of y.copy_(x) on the same tensor in the same rounds; a tensor that fits in the cache is "
-    "copied faster. cost: the time that our norm adds to a step without norm, in per cent of what "
+    "copied faster. cost: the time that our norm adds to a step without norm, in percent of what "
     "torch's adds."
 )
 

@@ -17,7 +17,7 @@ def decimal(value: float, digits: int = 3) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Formats a fraction in per cent with one decimal: 0.742 -> 74.2%."""
+    """Formats a fraction in percent with one decimal: 0.742 -> 74.2%."""
     text = decimal(100 * fraction, 1)
     return f"{text}%" if math.isfinite(fraction) else text
 
@@ -38,7 +38,7 @@ def finite(values: Iterable[float]) -> list[float]:
 
 
 def span(fractions: Iterable[float]) -> str:
-    """Formats the range of fractions in per cent: 69.5–87.5%; "NaN" if none is finite."""
+    """Formats the range of fractions in percent: 69.5–87.5%; "NaN" if none is finite."""
     known = finite(fractions)
     if not known:
         return "NaN"

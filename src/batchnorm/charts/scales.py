@@ -77,7 +77,7 @@ RATIO = Scale(place=log10, ticks=ratio_ticks, tick=ratio_tick, reference=0.0)
 
 
 def percent_tick(fraction: float) -> str:
-    """Formats a fraction on an axis in per cent, without needless digits."""
+    """Formats a fraction on an axis in percent, without needless digits."""
     return f"{numerals.short(round(100 * fraction, 3))}%"
 
 

@@ -241,8 +241,8 @@ def _report(results: Results, directory: RunDirectory, lang: str, *, as_json: bo
     page.write(results, path, lang)
     if as_json:
         left_out = {"pre_activations", "norm_layers"}
-        plain = results.model_dump(by_alias=True, exclude={"runs": {"__all__": left_out}})
-        print_json({**plain, "report": str(path)})
+        content = results.model_dump(by_alias=True, exclude={"runs": {"__all__": left_out}})
+        print_json({**content, "report": str(path)})
     else:
         Console().print(terminal.table(results, lang))
     say(f"Report: {path}")

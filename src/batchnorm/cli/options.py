@@ -47,16 +47,16 @@ def print_json(value: Any) -> None:
 
 
 class _CompilationNotice(logging.Handler):
-    """Says once that kernels are compiled; the kernels log each of them."""
+    """Prints one line at the first compilation of a kernel; the kernels log each."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Says it, and is done."""
+        """Prints the line, then removes this handler."""
         logging.getLogger("batchnorm.kernels").removeHandler(self)
         say("Compiling the CPU kernels for this machine (once; about half a minute).")
 
 
 def announce_compilation() -> None:
-    """From now on, the first compilation of a CPU kernel is announced on standard error."""
+    """Announces the first compilation of a CPU kernel on standard error."""
     logger = logging.getLogger("batchnorm.kernels")
     logger.setLevel(logging.INFO)
     logger.handlers = [_CompilationNotice()]

@@ -16,7 +16,7 @@ from rich.text import Text
 
 
 class _Figures(ProgressColumn):
-    """``1,200/5,000 samples, 0:00:38 to go``, or the time gone while the end is not known."""
+    """``1,200/5,000 samples, 0:00:38 to go``, or the elapsed time if the total is unknown."""
 
     def render(self, task: Task) -> Text:
         """The figures as they are now."""
@@ -29,14 +29,14 @@ class _Figures(ProgressColumn):
 
 
 class Bar(AbstractContextManager["Bar"]):
-    """A line that tells how far a command is; it disappears at the end.
+    """Progress bar on one line of standard error; it disappears when the command ends.
 
     Nothing is drawn where standard error is no terminal. ``total``, ``update``, ``reset`` and
     ``close`` work as in tqdm, so the bar can be handed to pooch.
 
     Args:
-        unit: What is counted, in the plural.
-        total: How many there will be; None if that is not known.
+        unit: Name of the counted things, in the plural.
+        total: Their number; None if unknown.
         text: The words before the bar.
 
     Example:

@@ -123,10 +123,10 @@ def _network(spec: str) -> nn.Module:
 
     from batchnorm.cli import user_code
     from batchnorm.tools.freezing import freeze
-    from batchnorm.tools.patching import has_running_statistics, is_frozen
+    from batchnorm.tools.patching import has_frozen_mark, has_running_statistics
 
     def is_in_evaluation(_: str, layer: _BatchNorm) -> bool:
-        return not layer.training and has_running_statistics(layer) and not is_frozen(layer)
+        return not layer.training and has_running_statistics(layer) and not has_frozen_mark(layer)
 
     network = user_code.returned("--model", spec)
     if not isinstance(network, nn.Module):
@@ -253,11 +253,11 @@ def _length(batches: Iterable[Any]) -> int | None:
 
 def _passes(network: nn.Module, layers: list[str] | None) -> int:
     """Returns the largest number of passes that `recalibrate` makes with sequential=True."""
-    from batchnorm.tools.patching import batch_norms, has_running_statistics, is_frozen
+    from batchnorm.tools.patching import batch_norms, has_frozen_mark, has_running_statistics
 
     with one_sentence():
         chosen = batch_norms(network, layers, caller="recalibrate").values()
-    return 1 + sum(has_running_statistics(layer) and not is_frozen(layer) for layer in chosen)
+    return 1 + sum(has_running_statistics(layer) and not has_frozen_mark(layer) for layer in chosen)
 
 
 def _show(result: Recalibration, checkpoint: Path, out: Path | None, *, as_json: bool) -> None:

@@ -109,7 +109,7 @@ def load(
     """Loads Fashion-MNIST from the first place that has it, or scikit-learn's digits instead.
 
     Args:
-        directory: The only place to look in, if given: a folder with the four files, plain or
+        directory: The only place to look in, if given: a folder with the four files, unpacked or
             ``.gz``, or one with torchvision's layout (``FashionMNIST/raw``).
         cache: Folder of the downloads; None means `default_cache`.
         mirrors: Addresses of folders with the four ``.gz`` files, tried in turn for each file.
@@ -162,14 +162,14 @@ def _read_folder(directory: Path, source: str) -> Dataset:
     if not directory.is_dir():
         raise DataError(
             f"{directory}: no such folder; name the folder that has the four files of "
-            f"Fashion-MNIST ({', '.join(SHA256)}; plain or .gz)."
+            f"Fashion-MNIST ({', '.join(SHA256)}; unpacked or .gz)."
         )
     folders = [directory / layout for layout in _LAYOUTS]
     paths = {name: _find(folders, name) for name in SHA256}
     missing = [name for name, path in paths.items() if path is None]
     if missing:
         raise DataError(
-            f"{directory}: {', '.join(missing)} missing, plain and as .gz, there and in "
+            f"{directory}: {', '.join(missing)} missing, unpacked and as .gz, there and in "
             f"{' and '.join(_LAYOUTS[1:])}; put all four files of Fashion-MNIST into one of them."
         )
     values = {name: _values(path.read_bytes(), name, path) for name, path in paths.items() if path}
@@ -196,7 +196,7 @@ def _read_cache(cache: Path, announce: Callable[[str], None]) -> dict[str, Tenso
 
 
 def _values(content: bytes, name: str, source: Path) -> UInt8[Tensor, ...]:
-    """Takes the values of an IDX file of bytes, plain or gzipped, after comparing its sum."""
+    """Takes the values of an IDX file of bytes, unpacked or gzipped, after comparing its sum."""
     try:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST + 1)

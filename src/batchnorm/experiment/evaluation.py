@@ -43,9 +43,12 @@ class Evaluation:
         running = self._accuracy(model)
         before = observation.norm_state(model)
         with Handle(SavedBuffers(model.modules()).restore):
-            population.use_population(model, self._population_batches())
+            if _is_finite(model):
+                population.use_population(model, self._population_batches())
+                accuracy = self._accuracy(model)
+            else:
+                accuracy = math.nan  # `recalibrate` refuses statistics of a diverged network.
             after = observation.norm_state(model)
-            accuracy = self._accuracy(model)
         layers = [
             NormLayer(
                 **layer,
@@ -76,3 +79,7 @@ class Evaluation:
 
     def _population_batches(self) -> Iterator[Tensor]:
         return (images for images, _ in self._train_set.batches(self._population))
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())

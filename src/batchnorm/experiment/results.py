@@ -33,8 +33,11 @@ Number = Annotated[float, BeforeValidator(_nan_for_null)]
 
 Text = Annotated[str, BeforeValidator(_printable)]
 
+Count = Annotated[int, Field(ge=1)]
+
 _RULES = {
     "int_type": "an integer",
+    "greater_than_equal": "at least 1",
     "float_type": "a number",
     "string_type": "text",
     "bool_type": "true or false",
@@ -83,14 +86,14 @@ class Settings(_Record):
     """
 
     norms: list[Norm]
-    epochs: int
-    batch_size: int
+    epochs: Count
+    batch_size: Count
     seed: int
-    threads: int
+    threads: Count
     device: Text
-    population_examples: int
+    population_examples: Count
     learning_rate: float | None = None
-    train_examples: int | None = None
+    train_examples: Count | None = None
     torch: Text = ""
     batchnorm: Text = ""
 
@@ -202,8 +205,8 @@ class Results(_Record):
     @property
     def baseline(self) -> Run | None:
         """The run without batch norm, when there is exactly one."""
-        plain = [run for run in self.runs if not run.normalized]
-        return plain[0] if len(plain) == 1 else None
+        without_norm = [run for run in self.runs if not run.normalized]
+        return without_norm[0] if len(without_norm) == 1 else None
 
 
 class Config(_Record):
@@ -220,7 +223,7 @@ def first_fault(error: ValidationError) -> str:
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]]
     place = "".join(parts).removeprefix(".") or "everything"
     if kind == "missing":
-        return f"expected a field {place}, it is missing"
+        return f"expected a field {place}, but it is missing"
     if kind == "value_error":
         return f"expected {place}.{context['error']}"
     if kind in ("too_short", "too_long"):

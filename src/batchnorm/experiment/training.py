@@ -23,14 +23,14 @@ from batchnorm.version import __version__
 
 
 class Listener(Protocol):
-    """Is told how far training is."""
+    """Receives the progress of training."""
 
     def start(self, norm: Norm, done: int) -> None:
-        """Training of ``norm`` begins, or goes on after ``done`` epochs."""
+        """Called when training of ``norm`` begins, or resumes after ``done`` epochs."""
         ...
 
     def step(self, examples: int) -> None:
-        """``examples`` more images were trained on."""
+        """Called when ``examples`` more images have been trained on."""
         ...
 
     def epoch(self, norm: Norm, record: Epoch) -> None:
@@ -42,20 +42,26 @@ class Comparison:
     """Several norms, trained on the same images in the same order.
 
     Args:
-        settings: How to train.
-        data: What to train on.
-        directory: Where results and checkpoints go.
+        settings: Settings of training.
+        data: The data set.
+        directory: Folder for results and checkpoints.
 
     Attributes:
         results: Everything measured so far.
 
     Raises:
-        ValueError: The last batch of an epoch would hold one image, whose variance is zero.
+        ValueError: torch knows no such device, or the last batch of an epoch would hold one image,
+            whose variance is zero.
     """
 
     def __init__(self, settings: Settings, data: Dataset, directory: RunDirectory) -> None:
         self.directory = directory
-        device = torch.device(settings.device)
+        try:
+            device = torch.device(settings.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"device must be one that torch knows, such as 'cpu', got {settings.device!r}."
+            ) from error
         kept = slice(settings.train_examples)
         self._train_set = Images(data.train_images[kept], data.train_labels[kept]).to(device)
         test_set = Images(data.test_images, data.test_labels).to(device)

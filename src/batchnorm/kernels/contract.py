@@ -14,7 +14,8 @@ them
 Four functions are *stages*: `Backend.moments`, `Backend.normalize`, `Backend.grad_sums` and
 `Backend.grad_input`. Between stages, moments and sums may be merged with
 those of other devices or batches. Two are *composites*, `Backend.forward` and `Backend.backward`:
-they mean the composition of the stages, in fewer passes over memory.
+they mean the composition of the stages, in fewer passes over memory. The library itself calls
+``grad_sums`` and ``grad_input`` in its tests only; a pool larger than one call needs them.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from batchnorm.moments import Moments
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which statistics of ``x`` are accumulated.
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype in which statistics of a tensor on ``device`` are accumulated.
 
     That is float64, or float32 on a device without float64.
     """
-    return torch.float32 if x.device.type == "mps" else torch.float64
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class ReluGate(NamedTuple):

@@ -40,7 +40,7 @@ class Call(NamedTuple):
         fixed_mean: With ``fixed_var``, what normalizes instead of the batch's own moments.
         fixed_var: Biased.
         eps: Added to the variance.
-        relu: Whether a ReLU is fused.
+        relu: True if a ReLU is fused.
         backend: Name of the backend that must compute this; None chooses.
     """
 
@@ -111,7 +111,7 @@ def forward(
     """Normalizes by the moments of ``x`` (training), or by fixed statistics (inference).
 
     Args:
-        call: What to compute.
+        call: The arguments of the call.
         running: Running statistics that the backend may update with the batch's moments.
 
     Returns:
@@ -125,8 +125,8 @@ def forward(
         y, batch, mask = backend.forward(x, weight, bias, eps, residual, relu=relu, running=running)
         mean, var = batch.mean, batch.var
     else:
-        mean = fixed_mean.to(statistics_dtype(x), copy=True)
-        var = fixed_var.to(statistics_dtype(x), copy=True)
+        mean = fixed_mean.to(statistics_dtype(x.device), copy=True)
+        var = fixed_var.to(statistics_dtype(x.device), copy=True)
         y, mask = backend.normalize(x, mean, var, eps, weight, bias, residual, relu=relu)
     return _in_layout_of(x, y), mean, var, mask
 
@@ -155,15 +155,15 @@ def backward(
 
     Args:
         grad_output: Gradient of ``y``.
-        x: What `forward` took, in the same memory layout.
-        weight: What `forward` took.
-        bias: What `forward` took; needed with a ReLU and no mask.
-        mean: What `forward` returned.
-        var: What `forward` returned.
-        mask: What `forward` returned.
-        eps: What `forward` took.
-        relu: Whether a ReLU was fused.
-        fixed: Whether mean and variance were fixed.
+        x: Input of `forward`, in the same memory layout.
+        weight: Weight of that call.
+        bias: Bias of that call; needed with a ReLU and no mask.
+        mean: Mean that `forward` returned.
+        var: Variance that `forward` returned.
+        mask: Mask that `forward` returned.
+        eps: ``eps`` of that call.
+        relu: True if a ReLU was fused.
+        fixed: True if mean and variance were fixed.
         name: Name of the backend that must compute this; None chooses.
 
     Returns:

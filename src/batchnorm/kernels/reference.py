@@ -40,7 +40,7 @@ def moments(x: Float[Tensor, "n c *spatial"]) -> Moments:
         Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance", eq. 1.7.
     """
     rows = x.movedim(1, 0).reshape(x.shape[1], -1)
-    rows = rows.to(statistics_dtype(x), memory_format=torch.contiguous_format)
+    rows = rows.to(statistics_dtype(x.device), memory_format=torch.contiguous_format)
     count = rows.shape[1]
     mean = _row_sums(rows) / count
     deviation = rows - mean[:, None]
@@ -61,7 +61,7 @@ def normalize(
     relu: bool = False,
 ) -> tuple[Float[Tensor, "n c *spatial"], UInt8[Tensor, " bytes"] | None]:
     """Computes `formula`, and with a residual and a ReLU also the mask."""
-    mean, var = mean.to(statistics_dtype(x)), var.to(statistics_dtype(x))
+    mean, var = mean.to(statistics_dtype(x.device)), var.to(statistics_dtype(x.device))
     y = formula(x, mean, var, eps, weight, bias, residual, relu=relu)
     return y, geometry.pack(_passes(y), x) if relu and residual is not None else None
 

@@ -28,7 +28,7 @@ def by_backend(route: Route, call: Call, running: Running | None) -> tuple[Tenso
 
     Args:
         route: `Route.DIRECT` or `Route.OPERATOR`.
-        call: What to compute.
+        call: The arguments of the call.
         running: Running statistics that the backend may update; None on the operator's route.
 
     Returns:
@@ -57,7 +57,7 @@ def by_formula(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         batch = reference.moments(x)
         mean, var = batch.mean, batch.var
     else:
-        mean, var = (v.to(statistics_dtype(x), copy=True) for v in (mean, var))
+        mean, var = (v.to(statistics_dtype(x.device), copy=True) for v in (mean, var))
     y = reference.formula(x, mean, var, eps, weight, bias, residual, relu=relu)
     return y, mean.detach(), var.detach()
 
@@ -89,12 +89,12 @@ class _Saved(NamedTuple):
     """Arguments and results of a forward pass that are no tensors, saved for the backward pass.
 
     Attributes:
-        direct: Whether the forward pass was on the direct route.
+        direct: True if the forward pass took the direct route.
         options: eps, relu, whether the statistics were fixed, and backend.
         weight_dtype: Of the gradient of ``weight``; None if there is no weight.
         bias_dtype: Of the gradient of ``bias``; None if there is no bias.
-        has_residual: Whether a residual was added.
-        masked: Whether a mask holds the decisions of the ReLU.
+        has_residual: True if a residual was added.
+        masked: True if a mask holds the decisions of the ReLU.
         channels_last: The layout of ``x`` where it matters: with a ReLU.
     """
 
@@ -139,7 +139,7 @@ class BatchNorm(Function):
             None if bias is None else bias.dtype,
             residual is not None,
             masked,
-            is_channels_last(x) if relu else None,
+            (not x.is_contiguous() and is_channels_last(x)) if relu else None,
         )
         if direct is not None:
             direct.statistics.extend((mean, var))

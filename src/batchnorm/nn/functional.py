@@ -58,8 +58,9 @@ def batch_norm(
             `batchnorm.which_backend` tells the choice.
 
     Returns:
-        ``y`` in x's shape, dtype and layout. Statistics are summed in float64 (float32 on a device
-        without it), whatever the dtype of ``x``; only the result is rounded.
+        ``y`` in x's shape, dtype and layout. The reference computes in float64 (float32 on a device
+        without it) and rounds once; the Numba kernels sum short runs in the dtype of the arithmetic
+        and merge them in float64.
 
     Raises:
         TypeError: ``x`` is not a tensor, or ``momentum`` is None in training.
@@ -71,7 +72,7 @@ def batch_norm(
             inference, or the backend asked for cannot take ``x``.
 
     Source:
-        Ioffe and Szegedy (2015), "Batch Normalization", algorithms 1 and 2; the behaviour at the
+        Ioffe and Szegedy (2015), "Batch Normalization", algorithms 1 and 2; the behavior at the
         edges is that of ``torch.nn.functional.batch_norm``.
 
     Example:

@@ -1,8 +1,8 @@
 """``BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d``, and their lazy forms.
 
-They inherit torch's classes and override only how the output is computed: constructor,
-``state_dict``, pickle and every ``isinstance`` check stay as they are. They add a fused activation
-and residual, and the accuracy of `batchnorm.nn.functional.batch_norm`.
+They inherit torch's classes. ``state_dict``, pickle and every ``isinstance`` check stay as they
+are; the constructor also takes ``activation``, and the forward pass a residual. Overridden are the
+forward pass, the check of the rank and ``extra_repr``.
 """
 
 from __future__ import annotations

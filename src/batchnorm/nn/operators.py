@@ -45,7 +45,7 @@ def _forward(*arguments: Any) -> _Four:
 def _fake_forward(*arguments: Any) -> _Four:
     call = Call(*arguments)
     x = call.x
-    mean = x.new_empty(x.shape[1], dtype=statistics_dtype(x))
+    mean = x.new_empty(x.shape[1], dtype=statistics_dtype(x.device))
     size = mask_size(x) if call.relu and call.residual is not None else 0
     mask = x.new_empty(size, dtype=torch.uint8)
     return torch.empty_like(x), mean, torch.empty_like(mean), mask

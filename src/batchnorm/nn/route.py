@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm import torch_internals
 from batchnorm.kernels import dispatch
+from batchnorm.nn import validation
 
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -52,8 +53,8 @@ def choose(
     Args:
         *tensors: The tensors that the call reads or changes.
         backend: The backend that the user named; a graph then holds our operator, which obeys it.
-        training: Whether the batch's own statistics normalize.
-        differentiable: Whether torch has to differentiate what the call does, as in a backward
+        training: True if the batch's own statistics normalize.
+        differentiable: True if torch has to differentiate what the call does, as in a backward
             pass with ``create_graph=True``.
     """
     compiling = torch.compiler.is_compiling()
@@ -69,9 +70,9 @@ def choose(
 def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """Tells if torch's dispatcher has nothing to do for these tensors in eager mode.
 
-    It has where a mode or a tracer records, under a transform, and for a tensor that is a subclass,
-    is not on the CPU, wraps another one (as in ``torch.autograd.grad(..., is_grads_batched=True)``)
-    or stands for the negative of its memory.
+    The dispatcher is needed while a mode or a tracer records, under a transform, and for a tensor
+    that is a subclass, is not on the CPU, wraps another tensor (as in
+    ``torch.autograd.grad(..., is_grads_batched=True)``) or has its negative bit set.
     """
     if (
         not torch_internals.KNOWS_TRANSFORMS
@@ -92,20 +93,23 @@ def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
 
 
 def which_backend(x: Tensor, backend: str | None = None, *, training: bool = True) -> str:
-    """Says who computes ``x``, by which route, and why the fast kernels do not if they do not.
+    """Says who computes ``x``; if the fast kernels do not, also why.
 
     It answers for the place where it is called: inside ``torch.func.grad``, for example, it names
     the formula.
 
     Args:
-        x: The input, (N, C, ...).
+        x: The input, (N, C, ...). Parameters and statistics are taken to be ordinary tensors.
         backend: ``"numba"``, ``"reference"``, or None for the choice of the library.
-        training: Whether the layer is in training mode; in compiled code that makes a difference.
+        training: True if the layer is in training mode; in compiled code that makes a difference.
 
     Returns:
         One to three sentences.
 
     Raises:
+        TypeError: ``x`` is not a tensor.
+        NotImplementedError: ``x`` is not of a floating dtype.
+        IndexError: ``x`` has no channel dimension.
         ValueError: There is no backend of that name.
         RuntimeError: It cannot take ``x``; the message says why.
 
@@ -116,6 +120,9 @@ def which_backend(x: Tensor, backend: str | None = None, *, training: bool = Tru
         The reference computes this input, in eager torch and float64. torch calls it through the \
 operator torch.ops.batchnorm.forward.
     """
+    validation.check_input(x)
+    if x.numel() == 0:
+        return "Nothing computes this input, because it is empty."
     route = choose(x, backend=backend, training=training)
     if route is Route.FORMULA:
         dispatch.require_reference(backend, IN_TRANSFORM)

@@ -116,8 +116,9 @@ class _CountOnce(ReplacedMethod):
 class _Rerun:
     """A function that updates no statistics when it runs again.
 
-    That is not only during a backward pass: torch also recomputes when somebody looks at what an
-    operator saved. And the first call may itself be in the recomputation of an outer checkpoint.
+    That is not only during a backward pass: torch also recomputes when code reads a tensor that an
+    operator saved (``grad_fn._saved_...``). And the first call may itself be in the recomputation
+    of an outer checkpoint.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

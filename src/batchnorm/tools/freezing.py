@@ -18,6 +18,7 @@ from batchnorm.tools.patching import (
     LayerSelection,
     ReplacedMethod,
     batch_norms,
+    has_frozen_mark,
     has_running_statistics,
     is_frozen,
 )
@@ -108,9 +109,12 @@ def freeze(model: nn.Module, layers: LayerSelection = None, *, affine: bool = Tr
             )
     frozen = _frozen(chosen, "freeze")
     for name, layer in chosen.items():
-        train = frozen.get(name) or _FrozenTrain(layer)
-        if name not in frozen:
-            train.freeze()
+        train = frozen.get(name)
+        if train is None:
+            train = _FrozenTrain(layer)
+            train.install()
+            setattr(layer, FROZEN_MARK, True)
+        layer.training = False
         if affine:
             train.freeze_parameters()
         else:
@@ -175,12 +179,6 @@ class _FrozenTrain(ReplacedMethod):
         self.training, self.module.training = mode, False
         return self.module
 
-    def freeze(self) -> None:
-        """Puts the layer into evaluation, for as long as this is installed."""
-        self.install()
-        self.module.training = False
-        setattr(self.module, FROZEN_MARK, True)
-
     def unfreeze(self, layer: nn.Module) -> None:
         """Gives ``layer``, which may be a shallow copy of the frozen one, its mode again."""
         self.uninstall(layer)
@@ -210,7 +208,7 @@ def _frozen(layers: dict[str, _BatchNorm], caller: str) -> dict[str, _FrozenTrai
     """
     found = {}
     for name, layer in layers.items():
-        if not is_frozen(layer):
+        if not has_frozen_mark(layer):
             continue
         train = _FrozenTrain.find(layer)
         if train is None:

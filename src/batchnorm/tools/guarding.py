@@ -121,8 +121,9 @@ def guard(model: nn.Module, layers: LayerSelection = None) -> Guard:
 
     A layer that gets such a batch returns the same output as without a guard, so ``GradScaler`` and
     the loss still see it; its running statistics and counter stay what they were. They also stay
-    when a layer refuses a batch with an error, which torch counts. A channel that was not finite
-    before does not count against a batch. A checkpoint's recomputation does not count again.
+    when a layer refuses a batch with an error; torch's own layer would count that batch. A channel
+    that was not finite before does not count against a batch. A checkpoint's recomputation does not
+    count again.
 
     Each layer decides for itself, and by its statistics only. In a step that ``GradScaler`` skips
     because something overflowed later, the layers before it, whose statistics are finite, still

@@ -34,9 +34,9 @@ def no_stats_update(model: nn.Module, layers: LayerSelection = None) -> Handle:
     The layers are shared: they update again when the last handle is removed, and until then a
     training step of another thread on the same model moves no statistics either.
 
-    It sets ``track_running_stats``, which all of torch's layers and ours ask for; a subclass with a
-    forward of its own has to ask too. ``copy.deepcopy`` and pickle give a copy that updates as
-    always; ``copy.copy`` of a layer shares its attributes, so set the flag of such a copy yourself.
+    It sets ``track_running_stats``, which torch's layers and ours read; a subclass with a forward
+    of its own must read it, too. ``copy.deepcopy`` and pickle give a copy that updates as always;
+    ``copy.copy`` of a layer shares its attributes, so set the flag of such a copy yourself.
     Where a part of the model is checkpointed, run the backward inside too: torch requires that the
     recomputation be like the forward. ``DistributedDataParallel`` sends no buffers to other ranks;
     pass the wrapped model, on all ranks.
@@ -79,12 +79,12 @@ def transaction(model: nn.Module, layers: LayerSelection = None) -> Transaction:
     called; an exception rolls them back, bit for bit. Transactions may be nested: an outer one also
     rolls back what an inner one kept.
 
-    It costs a copy of the statistics, on which the layers work inside. Their own buffers, and
-    whatever refers to them from outside, see nothing before a commit or the end, which write the
-    values into them. So nothing that autograd saved changes at a rollback: gradients are right
-    afterwards, in training and in evaluation, of forwards before and inside. What is kept behaves
-    like any training step: torch's backward of an *evaluation* before it reads the statistics of
-    after it; ours does not. A captured CUDA graph writes past the copies.
+    The layers work on copies of their statistics inside; `Transaction.commit` and the end write the
+    values into their own buffers. A rollback changes nothing that autograd has saved, so gradients
+    of forward passes before and inside stay right. What is kept acts like any training step: with
+    torch's layers, which save the buffers themselves, the backward pass of an *evaluation* that ran
+    before the transaction then reads the new statistics; our layers save copies. A CUDA graph
+    captured before writes into the layers' own buffers and cannot be rolled back.
 
     A step that ``GradScaler`` skips, because it overflowed::
 
@@ -143,13 +143,14 @@ class Transaction(Handle):
     """
 
     def __init__(self, layers: dict[str, _BatchNorm]) -> None:
-        _claim(layers)
+        _claim(layers, self)
         try:
             self._stand_ins = StandInBuffers(layers.values())
         except BaseException:
             _release(layers)
             raise
         super().__init__(lambda: _release(layers), self._end)
+        self._layers = layers
         self._is_rolled_back = False
         self._is_over = False
 
@@ -164,7 +165,9 @@ class Transaction(Handle):
         self._is_rolled_back = False
 
     def rollback(self) -> None:
-        """Restores what has moved, now, and what moves after this, at the end.
+        """Restores the statistics now, and again at the end.
+
+        Later forward passes in the transaction do not count either, unless `commit` is called.
 
         Raises:
             RuntimeError: The transaction is over.
@@ -172,6 +175,21 @@ class Transaction(Handle):
         self._check("rollback")
         self._stand_ins.rollback()
         self._is_rolled_back = True
+
+    def remove(self) -> None:
+        """Ends the transaction; a second call does nothing.
+
+        Raises:
+            RuntimeError: One that began later on the same layers is still open.
+        """
+        if not self._is_over:
+            for name, layer in self._layers.items():
+                if _claims[layer][-1][1] is not self:
+                    raise RuntimeError(
+                        f"transaction: layer {name!r} ({type(layer).__name__}) is in a later "
+                        "transaction that is still open; end that one first."
+                    )
+        super().remove()
 
     def _fail(self, error: BaseException) -> None:
         self._is_rolled_back = True
@@ -187,24 +205,24 @@ class Transaction(Handle):
             )
 
 
-_claims: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-"""The thread that has a layer in a transaction, once for each transaction that is open."""
+_claims: WeakKeyDictionary[nn.Module, list[tuple[int, Transaction]]] = WeakKeyDictionary()
+"""The open transactions of a layer with their threads, the newest last."""
 _lock = threading.Lock()
 
 
-def _claim(layers: dict[str, _BatchNorm]) -> None:
+def _claim(layers: dict[str, _BatchNorm], owner: Transaction) -> None:
     """Claims all layers for this thread, or none."""
     thread = threading.get_ident()
     with _lock:
         for name, layer in layers.items():
-            if _claims.get(layer, [thread])[-1] != thread:
+            if layer in _claims and _claims[layer][-1][0] != thread:
                 raise RuntimeError(
                     f"transaction: layer {name!r} ({type(layer).__name__}) is in a transaction of "
                     "another thread, and a rollback would mix up the statistics of both; let that "
                     "one end first."
                 )
         for layer in layers.values():
-            _claims.setdefault(layer, []).append(thread)
+            _claims.setdefault(layer, []).append((thread, owner))
 
 
 def _release(layers: dict[str, _BatchNorm]) -> None:

@@ -57,10 +57,10 @@ def _lead(edition: Edition) -> str:
     """Compares the one run with batch norm to the one without, if both ended well."""
     say, runs = edition.say, edition.results.runs
     sound = all(run.complete and run.epochs and run.diverged_in is None for run in runs)
-    plain = edition.results.baseline
-    if plain is None or len(runs) != 2 or not sound:
+    baseline = edition.results.baseline
+    if baseline is None or len(runs) != 2 or not sound:
         return say("lead.runs", n=len(runs))
-    normed, last = edition.normalized[0].run.epochs[-1], plain.epochs[-1]
+    normed, last = edition.normalized[0].run.epochs[-1], baseline.epochs[-1]
     return say(
         "lead.pair",
         epochs=last.epoch,
@@ -107,7 +107,7 @@ def _settings(edition: Edition) -> str:
         test=numerals.count(data.test_examples),
         epochs=settings.epochs,
         batch_size=settings.batch_size,
-        rate=", ".join(numerals.short(rate) for rate in rates),
+        rate=edition.say("list.comma").join(numerals.short(rate) for rate in rates),
         seed=settings.seed,
         device=settings.device,
         threads=settings.threads,

@@ -14,13 +14,13 @@ import numpy as np
 from numba import njit
 
 from batchnorm.kernels.compiled.elements import array_at, widen
-from batchnorm.kernels.contract import LARGEST_FLOAT32
 
 # Rows of ``partials[slab]``: forward the fields of `ShiftedSums`, backward the two sums of the
 # gradient.
 COUNT, SHIFT, LINEAR, SQUARES = range(4)
 SUM_GRAD, SUM_GRAD_X_HAT = range(2)
 SUMS = 4
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 # Variances below this may have lost digits to float32, which holds no square below 1e-38.
 SUSPICIOUS = 1e-30
 
@@ -45,7 +45,7 @@ class ShiftedSums(NamedTuple):
 def merged(a, b):
     """Merges two sets of shifted sums, about the shift of the first unless it is empty.
 
-    Nothing cancels: only the difference of the two shifts is squared.
+    The callers keep each shift within a standard deviation of the mean, so little cancels.
     """
     shift = b.shift if a.count == 0 else a.shift
     delta = b.shift - shift

@@ -165,7 +165,7 @@ def _store_passes(y, mask, first, last):
 
 @njit
 def _without_mask(tensors):
-    """Replaces the mask by None: single numbers store and read theirs row by row."""
+    """Sets the mask to None; `_store_passes` and `_where_passed` handle it row by row."""
     return _with_grad(tensors, tensors.grad)
 
 

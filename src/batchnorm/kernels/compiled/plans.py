@@ -142,8 +142,8 @@ def plan(
     """Makes the plan for some steps, once for each kind of call.
 
     Where memory is the limit, threads share channels, and each does all steps for some channels
-    while the L2 cache holds them. Elsewhere they share what lies one after the other in memory, one
-    stage after the other.
+    while the L2 cache holds them. Otherwise each thread takes a contiguous part of memory,
+    and all finish a stage before the next begins.
 
     Args:
         which: The pass to which the steps belong.

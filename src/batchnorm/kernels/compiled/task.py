@@ -70,7 +70,7 @@ class Constants(NamedTuple):
     count: int
     # The steps of each stage, eight bits a stage.
     stages: int
-    # Threads share what lies one after the other in memory, not channels.
+    # Each thread takes one contiguous part of memory; if 0, each takes whole channels.
     by_cell: int
     # The steps include "collect", so the end of ``x`` may still be in a cache for "apply".
     collected: int
@@ -114,8 +114,9 @@ class Task(ctypes.Structure):
 CALL = struct.Struct("".join(_FORMATS[kind] for _, kind in _OF_CALL))
 CONSTANTS = struct.Struct("".join(_FORMATS[kind] for _, kind in _fields(Constants)))
 RECORD = from_dtype(np.dtype(Task))
-# Prepare the coefficients of the map; collect sums; merge them, and, backward, take means of them;
-# or take the means that the caller gives; apply the map.
+# "prepare" computes the coefficients of the map; "collect" sums over memory; "merge" merges the
+# sums, and in the backward pass divides them by the count; "take_means" reads means that the caller
+# gives instead; "apply" applies the map.
 STEPS = ("prepare", "collect", "merge", "take_means", "apply")
 PREPARE, COLLECT, MERGE, TAKE_MEANS, APPLY = (1 << place for place in range(len(STEPS)))
 

@@ -114,7 +114,9 @@ _VIEWS: dict[type, Any] = {kind: type("View", (_ReLU, kind), {}) for kind in _OU
 
 
 def _view(layer: nn.Module) -> Any:
-    kind = next(view for kind, view in _VIEWS.items() if isinstance(layer, kind))
+    kind = _VIEWS.get(type(layer))
+    if kind is None:
+        kind = next(view for kind, view in _VIEWS.items() if isinstance(layer, kind))
     view = kind.__new__(kind)
     view.__dict__ = layer.__dict__
     return view

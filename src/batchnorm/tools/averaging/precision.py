@@ -25,7 +25,8 @@ def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) 
     inside. ``load_state_dict(assign=True)`` takes the dtype of what is assigned.
 
     Copies and pickles of the model keep float32 too. Call this again on one of them, or on the
-    model itself, for a handle that ends it there.
+    model itself, for a handle that ends it there. It is a switch: the first handle that is removed
+    ends it, however often it was called.
 
     Args:
         model: Changed in place; calling this again is harmless.
@@ -49,14 +50,19 @@ def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) 
         (torch.bfloat16, torch.float32)
     """
     chosen = batch_norms(model, layers, caller="keep_statistics_in_float32").values()
-    casts = []
-    for layer in chosen:
-        cast = _Float32Cast.find(layer)
-        if cast is None:
-            cast = _Float32Cast(layer)
-            cast.install()
-        casts.append(cast)
-        layer._apply(_identity)
+    casts, new = [], []
+    try:
+        for layer in chosen:
+            cast = _Float32Cast.find(layer)
+            if cast is None:
+                cast = _Float32Cast(layer)
+                new.append(cast)
+                cast.install()
+            casts.append(cast)
+            layer._apply(_identity)
+    except BaseException:
+        Handle(*(cast.uninstall for cast in new)).remove()
+        raise
     return Handle(*(cast.uninstall for cast in casts))
 
 

@@ -1,4 +1,4 @@
-"""From two states of a layer to one record of plain numbers."""
+"""Computes one record of numbers from two states of a layer."""
 
 from __future__ import annotations
 

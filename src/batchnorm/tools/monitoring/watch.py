@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.files import for_json
 from batchnorm.moments import Moments, merge_moments
 from batchnorm.nn import functional
 from batchnorm.tools.monitoring.record import Record, record
@@ -150,7 +150,7 @@ class Watch(Handle):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON, with None for NaN and infinity, which JSON does not have."""
-        records = [{key: _for_json(value) for key, value in r.items()} for r in self.records]
+        records = for_json(self.records)
         return {"steps": self.steps, "every": self._every, "records": records}
 
     def figure(self) -> Any:
@@ -195,7 +195,3 @@ class Watch(Handle):
         self._is_removed = True
         for name in list(self._hooks):
             self._hooks.pop(name).remove()
-
-
-def _for_json(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

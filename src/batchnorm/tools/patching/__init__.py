@@ -29,6 +29,7 @@ from batchnorm.tools.patching.selection import (
     FROZEN_MARK,
     LayerSelection,
     batch_norms,
+    has_frozen_mark,
     has_running_statistics,
     is_frozen,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "SavedTensors",
     "StandInBuffers",
     "batch_norms",
+    "has_frozen_mark",
     "has_running_statistics",
     "install",
     "is_frozen",

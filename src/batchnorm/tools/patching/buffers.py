@@ -151,7 +151,7 @@ class StandInBuffers:
             module._buffers[name] = stand_in
 
     def _return_own(self) -> None:
-        """If a module was moved or cast inside, so are the buffers that it gets back."""
+        """Gives modules their own buffers, moved or cast as the modules were in between."""
         for (module, name), own in self._own.items():
             now = module._buffers.get(name)
             if own is not None and now is not None:

@@ -47,7 +47,7 @@ class ReplacedMethod(ABC):
         return self._previous(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Is what callers of the method call."""
+        """Forwards a call of the method to `call`."""
         if self._is_active:
             return self.call(*args, **kwargs)
         return self.original(*args, **kwargs)

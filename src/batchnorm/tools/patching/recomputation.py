@@ -1,7 +1,8 @@
 """Forwards that run again during a backward pass, and batch norm layers that must not count them.
 
-Activation checkpointing calls functions again: in the backward pass, or, rarely, when somebody
-looks at what an operator saved. Layers then work on copies of their statistics.
+Activation checkpointing calls functions again: in the backward pass, or, rarely, when code reads a
+tensor that an operator saved (``grad_fn._saved_...``). Layers then work on copies of their
+statistics.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from batchnorm.torch_internals import backward_pass_id, when_backward_pass_ends
 
 
 def is_recomputing() -> bool:
-    """Tells if this thread is in a backward pass, so that a forward is one that runs again."""
+    """Tells if this thread is in a backward pass, so a forward pass now repeats an earlier one."""
     return backward_pass_id() != -1
 
 

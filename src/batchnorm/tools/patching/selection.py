@@ -71,7 +71,12 @@ def is_frozen(model: nn.Module) -> bool:
         True
     """
     found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return bool(found) and all(vars(layer).get(FROZEN_MARK, False) for layer in found)
+    return bool(found) and all(map(has_frozen_mark, found))
+
+
+def has_frozen_mark(layer: nn.Module) -> bool:
+    """Tells if this one layer is frozen, whatever layers it has inside."""
+    return vars(layer).get(FROZEN_MARK, False)
 
 
 def _select(

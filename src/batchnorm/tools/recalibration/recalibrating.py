@@ -18,8 +18,8 @@ from batchnorm.tools.patching import (
     LayerSelection,
     SavedBuffers,
     batch_norms,
+    has_frozen_mark,
     has_running_statistics,
-    is_frozen,
     temporary_attributes,
     without_buffer_broadcast,
 )
@@ -212,7 +212,7 @@ def _collectors(
 def _obstacle(model: nn.Module, layer: _BatchNorm) -> str | None:
     if not has_running_statistics(layer):
         return "it keeps no running statistics"
-    if is_frozen(layer):
+    if has_frozen_mark(layer):
         return "it is frozen"
     if model.training and not layer.training:
         return "it is frozen: in evaluation mode inside a model in training mode"
