@@ -255,8 +255,8 @@ def test_a_transaction_ends_after_those_that_began_later():
     second = transaction(layer)
     with pytest.raises(
         RuntimeError,
-        match=r"^transaction: layer '' \(BatchNorm1d\) is in a later transaction that is still open; "
-        r"end that one first\.$",
+        match=r"^transaction: layer '' \(BatchNorm1d\) is in a later transaction that is still "
+        r"open; end that one first\.$",
     ):
         first.remove()
     second.remove()
