@@ -1,6 +1,7 @@
 """The command line: arguments, one call, a report. ``__main__.main`` lists the exit codes.
 
-Commands import heavy libraries inside their functions, so that ``--help`` answers at once.
+Commands import heavy libraries inside their functions, so that ``--help`` answers at once. What a
+command does lives in the room that it calls.
 """
 
 from __future__ import annotations

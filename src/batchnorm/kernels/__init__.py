@@ -1,1 +1,4 @@
-"""Backends: who computes batch normalization, by one contract, and the choice among them."""
+"""The backends that compute batch normalization, their common contract, and the choice among them.
+
+Arguments are validated and gradients recorded in `batchnorm.nn`, not here.
+"""

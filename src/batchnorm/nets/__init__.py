@@ -1,4 +1,7 @@
-"""Networks that the experiment and the benchmark train: LeNet and ResNets with any norm."""
+"""Networks that the experiment and the benchmark train: LeNet and ResNets with any norm.
+
+They are not for users: torchvision and timm have better ones.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Watching the statistics of a model while it trains: records, a table and a plot."""
+"""Watching the statistics of a model while it trains: records, a table and a plot.
+
+It changes nothing: `guard` and `recalibrate` do.
+"""
 
 from batchnorm.tools.monitoring.watch import Watch, watch
 
