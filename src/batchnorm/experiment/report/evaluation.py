@@ -59,7 +59,7 @@ def _definitions(edition: Edition) -> list[str]:
             add=percent_tick(MOMENTUM),
             recent=recent,
             share=share,
-            rate=", ".join(numerals.short(rate) for rate in rates),
+            rate=say("list.comma").join(numerals.short(rate) for rate in rates),
         ),
         say(
             "estimates.population",
