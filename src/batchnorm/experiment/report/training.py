@@ -64,7 +64,9 @@ def _curve(edition: Edition, field: str, title: str, axis: str, unit: float, wri
     labels = Labels(
         x=say("axis.epoch"),
         y=axis,
-        description=say("chart.by_epoch", title=title, ends=say("list.comma").join(ends) or empty).striptags(),
+        description=say(
+            "chart.by_epoch", title=title, ends=say("list.comma").join(ends) or empty
+        ).striptags(),
         empty=empty,
     )
     if accuracy:
