@@ -27,6 +27,7 @@ def test_a_resnet_is_the_paper_s(depth, convolutions, parameters):
     assert count(ResNet(depth, nn.Identity), nn.BatchNorm2d) == 0
 
 
+@pytest.mark.untyped
 def test_ours_has_every_relu_and_every_addition_fused():
     done = accelerate(ResNet(18))
     assert len(done.replaced) == 20

@@ -36,14 +36,17 @@ def test_a_known_total_shows_the_share_and_the_time_to_go(monkeypatch):
     assert max(cell_len(line.split("\x1b")[0]) for line in terminal.getvalue().split("\r")) <= 80
 
 
-def test_an_unknown_total_shows_the_time_gone_until_the_total_is_set(monkeypatch):
+def test_an_unknown_total_shows_the_time_gone(monkeypatch):
     terminal = attach_terminal(monkeypatch)
-    bar = Bar("samples")
-    bar.update(5)
-    bar.line("now")
+    with Bar("samples") as bar:
+        bar.update(5)
     assert " 5 samples, 0:00:00 gone" in terminal.getvalue()
-    bar.total, bar.text, bar.done = 40, "second", 20
-    bar.close()
+
+
+def test_text_total_and_count_can_be_set(monkeypatch):
+    terminal = attach_terminal(monkeypatch)
+    with Bar("samples") as bar:
+        bar.total, bar.text, bar.done = 40, "second", 20
     assert "second ━" in terminal.getvalue()
     assert "20/40 samples" in terminal.getvalue()
     assert (bar.total, bar.text, bar.done) == (40, "second", 20)

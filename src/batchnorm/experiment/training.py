@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from batchnorm.nets.lenet import lenet
 from batchnorm.version import __version__
 
 
+@runtime_checkable  # The tests check annotations at run time.
 class Listener(Protocol):
     """Receives the progress of training."""
 
