@@ -11,7 +11,8 @@ train: $(USER_SETUP)  ## train LeNet with and without batch norm, then write a r
 
 # Everything runs once: with annotations checked, but for what is marked `untyped`.
 # pytest ends with 5 where ARGS select nothing; the floor of coverage holds for both together.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 25 --cov $(ARGS)
+# Two workers share two cores: threads that wait must not spin.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --durations 25 --cov $(ARGS)
 CHECKED := --jaxtyping-packages=batchnorm,beartype.beartype
 
 test: lint  ## everything that CI checks
