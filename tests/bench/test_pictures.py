@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-PICTURES = ("report.png", "statistics.svg", "statistics.zh.svg")
+PICTURES = ("bench.svg", "report.png", "statistics.svg", "statistics.zh.svg")
 EPOCHS = [
     {"epoch": n, "test_accuracy_running": running, "test_accuracy_population": population}
     for n, (running, population) in enumerate([(0.7, 0.75), (0.6, 0.8), (0.85, 0.86)], start=1)
@@ -31,10 +31,7 @@ def load(monkeypatch):
     return script
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="drawn before stamps; readme_table.py redraws it")
-
-
-@pytest.mark.parametrize("picture", [pytest.param("bench.svg", marks=NOT_YET), *PICTURES])
+@pytest.mark.parametrize("picture", PICTURES)
 def test_a_picture_carries_the_version_of_the_code_that_draws_it(load, picture):
     stamps = load("stamps")
     script = "readme_table.py" if picture == "bench.svg" else "readme_pictures.py RUN"
