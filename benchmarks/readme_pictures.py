@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from batchnorm.charts import drawing, embedding, scales
 from batchnorm.charts.drawing import FONT, HEIGHT, INK, STYLES
+from batchnorm.experiment.results import Results
 
 DOCS = Path(__file__).parents[1] / "docs"
 REPORT_SIZE = {"width": 1160, "height": 2080}
@@ -124,7 +125,7 @@ def _set_axes(axes: Axes, words: Mapping[str, str]) -> None:
     )
 
 
-def report_picture(results: Mapping[str, Any]) -> bytes:
+def report_picture(results: Results) -> bytes:
     """Takes a screenshot of the top of the report, in light colors."""
     from playwright.sync_api import sync_playwright
 
@@ -152,7 +153,7 @@ def main() -> int:
     from batchnorm.experiment.run_directory import RunDirectory
 
     results = RunDirectory(arguments.run).results()
-    runs = {run["norm"]: run["epochs"] for run in results["runs"]}
+    runs = {run.norm: [epoch.model_dump() for epoch in run.epochs] for run in results.runs}
     if "batchnorm" not in runs:
         print(f"{arguments.run}: there is no run of batchnorm; train one first.", file=sys.stderr)
         return 2

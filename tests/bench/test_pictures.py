@@ -3,12 +3,16 @@
 import ast
 import importlib.util
 import io
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
+
+from batchnorm.experiment.results import Results
+from report_results import results
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 PICTURES = ("bench.svg", "report.png", "statistics.svg", "statistics.zh.svg")
@@ -94,11 +98,27 @@ def test_a_run_without_batch_norm_is_refused(load, monkeypatch, tmp_path, capsys
     from batchnorm.experiment.run_directory import RunDirectory
 
     pictures = load("readme_pictures")
-    run = {"norm": "none", "epochs": EPOCHS}
-    monkeypatch.setattr(RunDirectory, "results", lambda self: {"runs": [run]})
+    without = Results.model_validate(results(("none",)))
+    monkeypatch.setattr(RunDirectory, "results", lambda self: without)
     monkeypatch.setattr("sys.argv", ["readme_pictures.py", str(tmp_path)])
     assert pictures.main() == 2
     assert f"{tmp_path}: there is no run of batchnorm; train one first." in capsys.readouterr().err
+
+
+def test_a_run_gives_all_pictures_but_that_of_the_benchmark(load, monkeypatch, tmp_path):
+    from batchnorm.experiment.run_directory import RunDirectory
+
+    pictures = load("readme_pictures")
+    (tmp_path / "report.json").write_text(json.dumps(results()))
+    monkeypatch.setattr("sys.argv", ["readme_pictures.py", str(tmp_path)])
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
+    monkeypatch.setattr(pictures, "report_picture", lambda results: results.runs[0].norm.encode())
+    monkeypatch.setattr(pictures.stamps, "write_png", lambda path, png: path.write_bytes(png))
+    assert pictures.main() == 0
+    assert RunDirectory(tmp_path).results().runs[0].norm == "batchnorm"
+    assert (tmp_path / "report.png").read_bytes() == b"batchnorm"
+    for name in pictures.WORDS:
+        assert "<metadata>" in (tmp_path / name).read_text()
 
 
 def test_every_script_says_how_it_is_used():
