@@ -154,7 +154,7 @@ def test_named_folder_without_files_never_falls_through(tiny, tmp_path, name, me
 
 def test_missing_file_is_named(tiny, tmp_path):
     del tiny[TEST_LABELS]
-    with pytest.raises(data.DataError, match=r"mine: t10k-labels-idx1-ubyte missing, plain and"):
+    with pytest.raises(data.DataError, match=r"mine: t10k-labels-idx1-ubyte missing, unpacked and"):
         data.load(write(tmp_path / "mine", tiny))
 
 

@@ -213,7 +213,7 @@ def test_which_backend_names_the_route():
 
 
 def test_which_backend_refuses_what_a_call_would_refuse():
-    x = ordinary()
+    x = ordinary(2, 4, 3)
     refused = (
         r"^backend='numba' cannot take this input: it is inside a transform \(torch\.func, vmap or "
         r"forward mode\), and that needs the reference; leave backend out\.$"
