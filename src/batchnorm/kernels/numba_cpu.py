@@ -279,7 +279,7 @@ def _backward(
 def _plan(
     which: Pass, steps: tuple[str, ...], x: Tensor, options: Options, *, optional: bool = False
 ) -> Plan:
-    """The plan for ``x``, which is laid out; from here on only shapes and addresses are passed."""
+    """The plan for ``x``, which is laid out; the loops get only its shape and address."""
     team = parallel.team_for(x.nbytes)
     return plan(which, steps, x.shape, not x.is_contiguous(), x.dtype, optional, options, team)
 

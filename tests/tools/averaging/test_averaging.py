@@ -495,3 +495,14 @@ def test_bfloat16_statistics_stall_and_kept_ones_do_not():
     assert_close(stalled[0].running_mean.float(), torch.full((2,), 0.5), rtol=0.02, atol=0)
     assert_close(kept[0].running_mean, torch.ones(2), rtol=0.02, atol=0)
     assert_close(kept[0].running_var, torch.ones(2), rtol=0.02, atol=0)
+
+
+def test_an_error_halfway_replaces_no_method():
+    class Failing(nn.BatchNorm1d):
+        def _apply(self, fn, recurse=True):
+            raise RuntimeError("cannot be cast")
+
+    model = nn.Sequential(nn.BatchNorm1d(2), Failing(2))
+    with pytest.raises(RuntimeError, match="cannot be cast"):
+        batchnorm.keep_statistics_in_float32(model)
+    assert not any("_apply" in vars(module) for module in model.modules())
