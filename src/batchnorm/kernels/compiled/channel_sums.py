@@ -11,9 +11,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from batchnorm.kernels.compiled.elements import array_at, widen
+from batchnorm.kernels.compiled.numba_internals import jitted
 
 # Rows of ``partials[slab]``: forward the fields of `ShiftedSums`, backward the two sums of the
 # gradient.
@@ -41,7 +41,7 @@ class ShiftedSums(NamedTuple):
     squares: float
 
 
-@njit
+@jitted
 def merged(a, b):
     """Merges two sets of shifted sums, about the shift of the first unless it is empty.
 
@@ -57,7 +57,7 @@ def merged(a, b):
     )
 
 
-@njit
+@jitted
 def sums_of_column(partial, k):
     """Returns the sums of column ``k`` in one slab."""
     return ShiftedSums(
@@ -65,7 +65,7 @@ def sums_of_column(partial, k):
     )
 
 
-@njit
+@jitted
 def add_moments(partial, k, sums):
     """Merges ``sums`` into those of column ``k`` in one slab."""
     whole = merged(sums_of_column(partial, k), sums)
@@ -75,7 +75,7 @@ def add_moments(partial, k, sums):
     partial[SQUARES, k] = whole.squares
 
 
-@njit
+@jitted
 def merge_moments(task, x, partials, first, last):
     """Writes mean and variance of some channels; updates their running statistics, if any.
 
@@ -92,7 +92,7 @@ def merge_moments(task, x, partials, first, last):
             _update_running(task, c, mean[c], var[c])
 
 
-@njit
+@jitted
 def _moments_of_channel(partials, channel, channels, repeat):
     """Mean and biased variance of a channel, merged over slabs and columns."""
     slabs, _, columns = partials.shape
@@ -106,7 +106,7 @@ def _moments_of_channel(partials, channel, channels, repeat):
     return sums.shift + rest, 0.0 if var < 0 else var
 
 
-@njit
+@jitted
 def _moments_in_float64(values):
     """Mean and biased variance of an array (a, b, c) in any strides, in two passes over it."""
     count = values.size
@@ -128,7 +128,7 @@ def _moments_in_float64(values):
     return mean + rest, 0.0 if var < 0 else var
 
 
-@njit
+@jitted
 def _update_running(task, c, mean, var):
     """Moves a channel's running statistics towards the batch's; counts the batch once."""
     shape, old = (task.channels,), 1 - task.weight_of_batch
@@ -149,7 +149,7 @@ def _update_running(task, c, mean, var):
         array_at(task.counter, (1,), np.int64)[0] += 1
 
 
-@njit
+@jitted
 def grad_sums_of_channel(partials, channel, channels, repeat):
     """Returns the two sums of the gradient of a channel, over slabs and columns."""
     slabs, _, columns = partials.shape

@@ -6,10 +6,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from batchnorm.kernels.compiled.channel_sums import grad_sums_of_channel
 from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.numba_internals import inlined, jitted
 from batchnorm.kernels.compiled.vectors import broadcast, load
 
 
@@ -43,7 +43,7 @@ CENTER, INV_STD, SCALE, OFFSET, X_HAT_FACTOR, CONSTANT = range(6)
 ROWS = 6
 
 
-@njit(forceinline=True)
+@inlined
 def of_channel(coefficients, c):
     """Reads the coefficients of column ``c``."""
     return Coefficients(
@@ -56,7 +56,7 @@ def of_channel(coefficients, c):
     )
 
 
-@njit(forceinline=True)
+@inlined
 def of_columns(coefficients, k, zero):
     """Reads the coefficients of a vector of columns that begins at column ``k``."""
     return Coefficients(
@@ -69,7 +69,7 @@ def of_columns(coefficients, k, zero):
     )
 
 
-@njit(forceinline=True)
+@inlined
 def in_all_lanes(numbers, zero):
     """Broadcasts the coefficients of a channel to vectors like ``zero``."""
     return Coefficients(
@@ -82,7 +82,7 @@ def in_all_lanes(numbers, zero):
     )
 
 
-@njit
+@jitted
 def prepare(task, coefficients, weight, bias, first, last):
     """Writes the coefficients of `maps.normalize` of some channels, from mean and variance."""
     for c in range(first, last):
@@ -98,7 +98,7 @@ def prepare(task, coefficients, weight, bias, first, last):
                 coefficients[OFFSET, k] = rounding * scale + shift if rounding != 0 else shift
 
 
-@njit
+@jitted
 def merge_grads(task, partials, coefficients, first, last):
     """Writes the sums of the gradient of some channels, and the coefficients of their means."""
     shape, number = (task.channels,), coefficients.dtype
@@ -119,7 +119,7 @@ def merge_grads(task, partials, coefficients, first, last):
         _set_means(task, coefficients, c, error, means)
 
 
-@njit
+@jitted
 def take_means(task, coefficients, first, last):
     """Writes the coefficients of some channels from means that the caller has merged."""
     shape = (task.channels,)
@@ -130,7 +130,7 @@ def take_means(task, coefficients, first, last):
         _set_means(task, coefficients, c, error, (mean_grad[c], mean_grad_x_hat[c]))
 
 
-@njit
+@jitted
 def _set_means(task, coefficients, c, error, means):
     mean_grad, mean_grad_x_hat = means
     for start in range(c * task.repeat, coefficients.shape[1], task.channels * task.repeat):
@@ -140,19 +140,19 @@ def _set_means(task, coefficients, c, error, means):
             coefficients[CONSTANT, k] = -scale * (mean_grad + error * mean_grad_x_hat)
 
 
-@njit
+@jitted
 def _center_error(task, coefficients, c):
     """Returns the distance of ``center`` from the exact mean, in standard deviations."""
     center = float(coefficients[CENTER, c * task.repeat])
     return (center - _statistic(task, task.mean, c)) * _inv_std(task, c)
 
 
-@njit
+@jitted
 def _inv_std(task, c):
     return 1 / math.sqrt(_statistic(task, task.var, c) + task.eps)
 
 
-@njit
+@jitted
 def _statistic(task, address, c):
     """A channel's mean or variance, in float64."""
     shape = (task.channels,)

@@ -10,8 +10,6 @@ The kernels apply slabs in reverse: the last rows are still cached.
 
 from __future__ import annotations
 
-from numba import njit
-
 from batchnorm.kernels.compiled import rows, stripes
 from batchnorm.kernels.compiled.channel_sums import (
     COUNT,
@@ -25,6 +23,7 @@ from batchnorm.kernels.compiled.channel_sums import (
 )
 from batchnorm.kernels.compiled.elements import number_like
 from batchnorm.kernels.compiled.maps import BackwardOptions, ForwardOptions, Tensors
+from batchnorm.kernels.compiled.numba_internals import jitted
 from batchnorm.kernels.compiled.streaming import finish_streams, is_streamed
 from batchnorm.kernels.compiled.task import share
 from batchnorm.kernels.compiled.vectors import FEW, LANES, zero_vector_like
@@ -38,7 +37,7 @@ PROBE_ROWS = 8
 UNROLL = 8
 
 
-@njit
+@jitted
 def collect(x, partials, work, slab):
     """Collects sums of one slab of rows."""
     if x.shape[1] < FEW:
@@ -49,7 +48,7 @@ def collect(x, partials, work, slab):
         _collect(x, partials, work, slab, (LANES, FEW), vectors)
 
 
-@njit
+@jitted
 def _collect(x, partials, work, slab, lanes, vectors):
     """Accumulates deviations from provisional means.
 
@@ -76,7 +75,7 @@ def _collect(x, partials, work, slab, lanes, vectors):
         _merge_rows(partial, work, stop - start)
 
 
-@njit
+@jitted
 def _deviate(x, start, stop, work, lanes, vectors):
     """Sums ``x - work[0]`` and its square over some rows, in ``work[1]`` and ``work[2]``."""
     width = x.shape[1]
@@ -91,14 +90,14 @@ def _deviate(x, start, stop, work, lanes, vectors):
             stripes.add_deviations(x, row, end, k, left - k, work, vectors[1])
 
 
-@njit
+@jitted
 def _move_centers(work, count):
     """Moves the centers to the means of ``count`` rows whose sums are known."""
     for k in range(work.shape[1]):
         work[0, k] += work[1, k] / count
 
 
-@njit
+@jitted
 def _is_far_off(x, work, count):
     """Returns whether a mean is more than a standard deviation from its center.
 
@@ -111,7 +110,7 @@ def _is_far_off(x, work, count):
     return is_far
 
 
-@njit
+@jitted
 def _merge_rows(partial, work, count):
     """Merges the sums of ``count`` rows about their centers into those of the slab."""
     for k in range(partial.shape[1]):
@@ -119,7 +118,7 @@ def _merge_rows(partial, work, count):
         add_moments(partial, k, sums)
 
 
-@njit
+@jitted
 def shares(task, width, thread, team):
     """Returns the channels and the columns that a thread merges.
 
@@ -133,7 +132,7 @@ def shares(task, width, thread, team):
     return (0, 0), (0, 0)
 
 
-@njit
+@jitted
 def gather_moments(partials, first, last):
     """Merges the sums of all slabs into those of the first, for some columns."""
     for slab in range(1, len(partials)):
@@ -141,7 +140,7 @@ def gather_moments(partials, first, last):
             add_moments(partials[0], k, sums_of_column(partials[slab], k))
 
 
-@njit
+@jitted
 def normalize(task, tensors, coefficients, slab):
     """Writes ``y`` of one slab."""
     x = tensors.x
@@ -156,20 +155,20 @@ def normalize(task, tensors, coefficients, slab):
         _normalize(task, tensors, coefficients, first, last, (LANES, FEW), vectors)
 
 
-@njit
+@jitted
 def _store_passes(y, mask, first, last):
     if mask is not None:
         for row in range(first, last):
             rows.store_passes(y[row], mask[row])
 
 
-@njit
+@jitted
 def _without_mask(tensors):
     """Sets the mask to None; `_store_passes` and `_where_passed` handle it row by row."""
     return _with_grad(tensors, tensors.grad)
 
 
-@njit
+@jitted
 def _with_grad(tensors, grad):
     """Replaces the gradient by one that has passed the mask, and the mask by None."""
     return Tensors(
@@ -177,7 +176,7 @@ def _with_grad(tensors, grad):
     )
 
 
-@njit
+@jitted
 def _normalize(task, tensors, coefficients, first, last, lanes, vectors):
     width = tensors.x.shape[1]
     wide = _columns_of_wide(width, lanes)
@@ -193,7 +192,7 @@ def _normalize(task, tensors, coefficients, first, last, lanes, vectors):
         finish_streams()
 
 
-@njit
+@jitted
 def grad_sums(task, tensors, partials, coefficients, work, slab):
     """Sums the gradient before the ReLU; with a mask, writes it to ``grad_before_relu``."""
     x = tensors.x
@@ -208,7 +207,7 @@ def grad_sums(task, tensors, partials, coefficients, work, slab):
     _grad_sums(task, gated, passed, partials, coefficients, work, slab, (1, 1), (one, one))
 
 
-@njit
+@jitted
 def _where_passed(grad, mask, result, first, last):
     """Writes the gradient that passes the mask to ``result``; without a mask, it is ``grad``."""
     if mask is not None:
@@ -218,7 +217,7 @@ def _where_passed(grad, mask, result, first, last):
     return grad
 
 
-@njit
+@jitted
 def _grad_sums(task, gated, tensors, partials, coefficients, work, slab, lanes, vectors):
     x, partial = tensors.x, partials[slab]
     first, last = _rows_of(slab, len(partials), x)
@@ -246,7 +245,7 @@ def _grad_sums(task, gated, tensors, partials, coefficients, work, slab, lanes, 
         finish_streams()
 
 
-@njit
+@jitted
 def gather_grads(partials, first, last):
     """Adds the sums of all slabs to those of the first, for some columns."""
     for slab in range(1, len(partials)):
@@ -255,7 +254,7 @@ def gather_grads(partials, first, last):
             partials[0, SUM_GRAD_X_HAT, k] += partials[slab, SUM_GRAD_X_HAT, k]
 
 
-@njit
+@jitted
 def grad_input(task, tensors, coefficients, slab):
     """Writes ``grad_x`` of one slab. With a mask, `grad_sums` has written the gradient to use."""
     x = tensors.x
@@ -268,7 +267,7 @@ def grad_input(task, tensors, coefficients, slab):
         _grad_input(task, passed, coefficients, slab, (LANES, FEW), vectors)
 
 
-@njit
+@jitted
 def _grad_input(task, tensors, coefficients, slab, lanes, vectors):
     first, last = _rows_of(slab, task.slabs, tensors.x)
     width = tensors.x.shape[1]
@@ -285,12 +284,12 @@ def _grad_input(task, tensors, coefficients, slab, lanes, vectors):
         finish_streams()
 
 
-@njit
+@jitted
 def _rows_of(slab, slabs, x):
     return len(x) * slab // slabs, len(x) * (slab + 1) // slabs
 
 
-@njit
+@jitted
 def _columns_of_wide(width, lanes):
     """Returns how many columns stripes of the wider kind cover."""
     return width - width % lanes[0]

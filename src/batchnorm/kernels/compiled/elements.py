@@ -15,7 +15,7 @@ import ctypes
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import (
     intrinsic,
     lower_builtin,
@@ -24,7 +24,7 @@ from numba.extending import (
     type_callable,
 )
 
-from batchnorm.kernels.compiled.numba_internals import array_of_memory
+from batchnorm.kernels.compiled.numba_internals import array_of_memory, jitted
 
 # Bits of float32, except NAN: bits of bfloat16.
 NAN = np.uint32(0x7FC0)
@@ -85,7 +85,7 @@ def _make_array(context, builder, signature, args):
     return array_of_memory(context, builder, signature.return_type, address, shape)
 
 
-@njit
+@jitted
 def no_array(address, shape, dtype):
     """Returns None. Takes the place of `array_at` in kernels that have no such array."""
     return None

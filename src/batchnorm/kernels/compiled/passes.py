@@ -8,13 +8,13 @@ is compiled for them.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from batchnorm.kernels.compiled import coefficients, columns, planes
 from batchnorm.kernels.compiled.channel_sums import SUMS, merge_moments
 from batchnorm.kernels.compiled.coefficients import merge_grads, prepare, take_means
 from batchnorm.kernels.compiled.elements import array_at
 from batchnorm.kernels.compiled.maps import Tensors
+from batchnorm.kernels.compiled.numba_internals import jitted
 from batchnorm.kernels.compiled.rows import Sums
 from batchnorm.kernels.compiled.task import (
     APPLY,
@@ -31,7 +31,7 @@ from batchnorm.kernels.compiled.task import (
 def _arrays_of(element, number, optional_at):
     """Makes the functions that turn the addresses of a task into arrays."""
 
-    @njit
+    @jitted
     def tensors_of(task, rows, width):
         shape = (rows, width)
         return Tensors(
@@ -44,13 +44,13 @@ def _arrays_of(element, number, optional_at):
             array_at(task.grad_before_relu, shape, element),
         )
 
-    @njit
+    @jitted
     def vectors_of(task):
         """Weight and bias."""
         shape = (task.channels,)
         return array_at(task.weight, shape, number), array_at(task.bias, shape, number)
 
-    @njit
+    @jitted
     def scratch_of(task, width):
         """Partial sums and coefficients, of as many columns."""
         partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
@@ -61,7 +61,7 @@ def _arrays_of(element, number, optional_at):
 
 
 def _sums_of(number):
-    @njit
+    @jitted
     def sums_of(task, thread, team):
         work = array_at(task.scratch + task.work, (team, *planes.WORK), np.float64)
         recent = array_at(task.scratch + task.recent, (team, *planes.RECENT), number)

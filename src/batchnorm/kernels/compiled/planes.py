@@ -7,8 +7,6 @@ memory. Threads share *cells*, channel after channel: one channel of a slab, or 
 
 from __future__ import annotations
 
-from numba import njit
-
 from batchnorm.kernels.compiled import rows
 from batchnorm.kernels.compiled.channel_sums import (
     COUNT,
@@ -22,6 +20,7 @@ from batchnorm.kernels.compiled.channel_sums import (
 from batchnorm.kernels.compiled.coefficients import of_channel
 from batchnorm.kernels.compiled.elements import number_like
 from batchnorm.kernels.compiled.maps import BackwardOptions, ForwardOptions
+from batchnorm.kernels.compiled.numba_internals import jitted
 from batchnorm.kernels.compiled.streaming import finish_streams, is_streamed
 from batchnorm.kernels.compiled.task import APPLY, COLLECT, share
 from batchnorm.kernels.compiled.vectors import FEW, LANES, load, total, zero_vector_like
@@ -46,7 +45,7 @@ WORK = (3 * MAX_CHANNELS, FEW)
 RECENT = (2 * MAX_CHANNELS, FEW)
 
 
-@njit
+@jitted
 def group_size(x, channels, tensors):
     """Returns how many channels of ``tensors`` tensors are computed together."""
     row = x.shape[1] * x.itemsize
@@ -54,7 +53,7 @@ def group_size(x, channels, tensors):
     return max(1, min(MAX_CHANNELS, MAX_BYTES_PER_SAMPLE // row, in_all))
 
 
-@njit
+@jitted
 def channels_at_a_time(task, steps, x, tensors):
     """Returns a group's size if it is collected and applied at once, else all channels."""
     if steps & COLLECT and steps & APPLY:
@@ -62,13 +61,13 @@ def channels_at_a_time(task, steps, x, tensors):
     return max(1, task.channels)
 
 
-@njit
+@jitted
 def pieces_of(x, channels):
     """Returns the number of pieces of a channel."""
     return len(x) // channels * _cuts(x)
 
 
-@njit
+@jitted
 def shares(task, steps, x, thread, team):
     """Returns a thread's channels, and its cells of slabs and of pieces.
 
@@ -81,20 +80,20 @@ def shares(task, steps, x, thread, team):
     return (0, channels), share(slabs, thread, team), share(pieces, thread, team)
 
 
-@njit
+@jitted
 def _pieces_of_slab(x, channels, slab, slabs):
     pieces = pieces_of(x, channels)
     return pieces * slab // slabs, pieces * (slab + 1) // slabs
 
 
-@njit
+@jitted
 def clipped(first, last, slab, channels, cells):
     """Returns the channels from ``first`` to ``last`` of one slab that are among the cells."""
     begin, end = cells
     return max(first, begin - slab * channels), min(last, end - slab * channels)
 
 
-@njit
+@jitted
 def collect(x, channels, partials, sums, first, last, cells):
     """Collects sums of the channels from ``first`` to ``last`` in the slabs that are cells."""
     begin, end = cells
@@ -103,7 +102,7 @@ def collect(x, channels, partials, sums, first, last, cells):
         _collect_slab(x, channels, partials, sums, low, high, slab)
 
 
-@njit
+@jitted
 def _collect_slab(x, channels, partials, sums, first, last, slab):
     partial = partials[slab]
     partial[:, first:last] = 0
@@ -115,7 +114,7 @@ def _collect_slab(x, channels, partials, sums, first, last, slab):
             _collect_block(x, channels, partial, sums, start, min(start + group, last), pieces)
 
 
-@njit
+@jitted
 def _collect_block(x, channels, partial, sums, first, last, pieces):
     """Accumulates deviations from a provisional mean.
 
@@ -136,7 +135,7 @@ def _collect_block(x, channels, partial, sums, first, last, pieces):
         add_moments(partial, c, ShiftedSums(float(count), work[CENTERS + k, 0], linear, squares))
 
 
-@njit
+@jitted
 def _guess(x, channels, partial, c, piece):
     """Returns the mean so far, or that of a few elements at the beginning of a piece."""
     if partial[COUNT, c] > 0:
@@ -145,7 +144,7 @@ def _guess(x, channels, partial, c, piece):
     return total(load(x, r, min(start, x.shape[1] - FEW), zero_vector_like(x, FEW))) / FEW
 
 
-@njit
+@jitted
 def _deviate(x, channels, sums, origin, first, last, pieces):
     """Sums ``x - center`` and its square; ``sums`` begin with channel ``origin``."""
     vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
@@ -166,7 +165,7 @@ def _deviate(x, channels, sums, origin, first, last, pieces):
         rows.flush(sums, first - origin, last - origin)
 
 
-@njit
+@jitted
 def _count(x, channels, pieces):
     """Returns the number of elements of a channel in some pieces."""
     count = 0
@@ -176,7 +175,7 @@ def _count(x, channels, pieces):
     return count
 
 
-@njit
+@jitted
 def normalize(task, tensors, coefficients, first, last, cells):
     """Writes ``y`` of some channels in the pieces that are cells.
 
@@ -200,7 +199,7 @@ def normalize(task, tensors, coefficients, first, last, cells):
         finish_streams()
 
 
-@njit
+@jitted
 def grad_sums(task, tensors, partials, coefficients, sums, first, last, cells):
     """Sums the gradient before the ReLU; with a mask, writes it to ``grad_before_relu``."""
     has_mask = tensors.mask is not None
@@ -214,7 +213,7 @@ def grad_sums(task, tensors, partials, coefficients, sums, first, last, cells):
         finish_streams()
 
 
-@njit
+@jitted
 def _sum_slab(task, tensors, options, partials, coefficients, sums, first, last, slab):
     pieces = _pieces_of_slab(tensors.x, task.channels, slab, len(partials))
     group = group_size(tensors.x, task.channels, 2)
@@ -227,7 +226,7 @@ def _sum_slab(task, tensors, options, partials, coefficients, sums, first, last,
             partials[slab, SUM_GRAD_X_HAT, c] = sum_grad_x_hat
 
 
-@njit
+@jitted
 def _add_grads(task, tensors, options, coefficients, sums, first, last, pieces):
     x = tensors.x
     vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
@@ -245,7 +244,7 @@ def _add_grads(task, tensors, options, coefficients, sums, first, last, pieces):
         rows.flush(sums, 0, last - first)
 
 
-@njit
+@jitted
 def grad_input(task, tensors, coefficients, first, last, cells):
     """Writes ``grad_x`` of some channels in the pieces that are cells; see `normalize`."""
     x = tensors.x
@@ -267,44 +266,44 @@ def grad_input(task, tensors, coefficients, first, last, cells):
         finish_streams()
 
 
-@njit
+@jitted
 def _samples_of(cells, channels, x):
     """Returns the first and last sample to which some pieces belong."""
     size = channels * _cuts(x)
     return cells[0] // size, (cells[1] + size - 1) // size
 
 
-@njit
+@jitted
 def _pieces_of_row(r, cells, x):
     """Returns the pieces of a row that are among the cells, numbered from its first."""
     cuts = _cuts(x)
     return range(max(0, cells[0] - r * cuts), min(cuts, cells[1] - r * cuts))
 
 
-@njit
+@jitted
 def _part(piece, x):
     """Returns the first and last element of a piece of any row."""
     return piece * PIECE, min(piece * PIECE + PIECE, x.shape[1])
 
 
-@njit
+@jitted
 def _ahead(task, first, last):
     """Returns how many rows ahead to prefetch: to the channels that are collected next, if any."""
     return last - first if task.collected and not task.by_cell else NO_PREFETCH
 
 
-@njit
+@jitted
 def _pieces_up_to(elements, x):
     """Returns how many pieces have ``elements`` elements together, at least one."""
     return max(1, elements // min(PIECE, x.shape[1]))
 
 
-@njit
+@jitted
 def _cuts(x):
     return (x.shape[1] + PIECE - 1) // PIECE
 
 
-@njit
+@jitted
 def _bounds(piece, channels, c, x):
     """Returns row, first and last element of a piece of channel ``c``."""
     if x.shape[1] <= PIECE:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import njit
-
 from batchnorm.kernels.compiled import maps
 from batchnorm.kernels.compiled.coefficients import in_all_lanes
 from batchnorm.kernels.compiled.elements import number_like, widen
+from batchnorm.kernels.compiled.numba_internals import inlined, jitted
 from batchnorm.kernels.compiled.streaming import prefetch
 from batchnorm.kernels.compiled.vectors import (
     FEW,
@@ -41,14 +40,14 @@ class Sums(NamedTuple):
     recent: Any
 
 
-@njit
+@jitted
 def clear(sums, first, last):
     """Sets the sums of some channels to zero."""
     sums.work[2 * first : 2 * last, :] = 0
     sums.recent[2 * first : 2 * last, :] = 0
 
 
-@njit
+@jitted
 def flush(sums, first, last):
     """Adds the recent sums of some channels to those in float64, and clears them."""
     work, recent = sums.work, sums.recent
@@ -58,14 +57,14 @@ def flush(sums, first, last):
         store(recent, r, 0, few)
 
 
-@njit
+@jitted
 def totals_of(work, k):
     """Returns the two sums of channel ``k``."""
     whole = zero_vector_like(work, FEW)
     return total(load(work, 2 * k, 0, whole)), total(load(work, 2 * k + 1, 0, whole))
 
 
-@njit(forceinline=True)
+@inlined
 def _add(recent, k, sums, few):
     """Adds the sums of a row to the recent ones."""
     for place in range(2):
@@ -73,7 +72,7 @@ def _add(recent, k, sums, few):
         store(recent, r, 0, load(recent, r, 0, few) + sums[place])
 
 
-@njit(forceinline=True)
+@inlined
 def add_deviations(x, r, start, stop, ahead, center, recent, k, vectors):
     """Adds ``x - center`` and its square to the recent sums of channel ``k``.
 
@@ -97,7 +96,7 @@ def add_deviations(x, r, start, stop, ahead, center, recent, k, vectors):
     _add(recent, k, sums, few)
 
 
-@njit(forceinline=True)
+@inlined
 def normalize(tensors, options, r, start, stop, coefficients, ahead, vectors):
     """Applies `maps.normalize` to a part of a row, which begins at a byte of the mask."""
     wide, few = vectors
@@ -116,7 +115,7 @@ def normalize(tensors, options, r, start, stop, coefficients, ahead, vectors):
         maps.normalize(tensors, options, r, left, whole - left, of_few, few)
 
 
-@njit(forceinline=True)
+@inlined
 def add_grads(tensors, options, r, start, stop, coefficients, recent, k, vectors):
     """Adds `maps.add_grads` of a part of a row to the recent sums of channel ``k``."""
     wide, few = vectors
@@ -137,7 +136,7 @@ def add_grads(tensors, options, r, start, stop, coefficients, recent, k, vectors
     _add(recent, k, sums, few)
 
 
-@njit(forceinline=True)
+@inlined
 def grad_input(tensors, options, r, start, stop, coefficients, ahead, vectors):
     """Applies `maps.grad_input` to a part of a row.
 
@@ -157,7 +156,7 @@ def grad_input(tensors, options, r, start, stop, coefficients, ahead, vectors):
         maps.grad_input(tensors, options, r, left, of_few, few)
 
 
-@njit
+@jitted
 def store_passes(y, bits):
     """Writes one bit an element: set where ReLU passed it. For rows narrower than `FEW`."""
     zero = number_like(y, 0)
@@ -168,7 +167,7 @@ def store_passes(y, bits):
         bits[k] = byte
 
 
-@njit
+@jitted
 def where_passed(grad, bits, result):
     """Writes ``grad`` where the bit is set, else zero. For rows narrower than `FEW`."""
     zero = result.dtype.type(0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
-from batchnorm.kernels.compiled.numba_internals import llvm_function, pointer_to_element
+from batchnorm.kernels.compiled.numba_internals import jitted, llvm_function, pointer_to_element
 from batchnorm.kernels.compiled.vectors import CACHE_LINE, LANES, Vector
 
 # Bytes of a result from which on it is written past the caches, in training and in evaluation. In
@@ -15,7 +15,7 @@ from batchnorm.kernels.compiled.vectors import CACHE_LINE, LANES, Vector
 STREAMED_IN_TRAINING, STREAMED_IN_EVALUATION = 1 << 22, 1 << 24
 
 
-@njit
+@jitted
 def is_streamed(x, result, collected):
     """Returns whether ``result`` is large enough to stream, and its rows are whole cache lines."""
     least = STREAMED_IN_TRAINING if collected else STREAMED_IN_EVALUATION

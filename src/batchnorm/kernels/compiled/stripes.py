@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-from numba import njit
-
 from batchnorm.kernels.compiled import maps
 from batchnorm.kernels.compiled.coefficients import of_columns
+from batchnorm.kernels.compiled.numba_internals import inlined
 from batchnorm.kernels.compiled.streaming import prefetch
 from batchnorm.kernels.compiled.vectors import load, store
 
@@ -18,7 +17,7 @@ from batchnorm.kernels.compiled.vectors import load, store
 AHEAD = 2
 
 
-@njit(forceinline=True)
+@inlined
 def add_deviations(x, first, last, k, skip, work, zero):
     """Adds ``x - center`` to ``work[1]`` and its square to ``work[2]``; ``work[0]`` is center."""
     center = load(work, 0, k, zero)
@@ -30,7 +29,7 @@ def add_deviations(x, first, last, k, skip, work, zero):
     store(work, 2, k, sums[1])
 
 
-@njit(forceinline=True)
+@inlined
 def normalize(tensors, coefficients, options, r, k, skip, zero):
     """Applies `maps.normalize` in one row."""
     if options.streamed:
@@ -38,7 +37,7 @@ def normalize(tensors, coefficients, options, r, k, skip, zero):
     maps.normalize(tensors, options, r, k, skip, of_columns(coefficients, k, zero), zero)
 
 
-@njit(forceinline=True)
+@inlined
 def add_grads(tensors, coefficients, options, first, last, k, skip, work, zero):
     """Adds `maps.add_grads` of some rows to ``work[0]`` and ``work[1]``."""
     of_stripe = of_columns(coefficients, k, zero)
@@ -51,7 +50,7 @@ def add_grads(tensors, coefficients, options, first, last, k, skip, work, zero):
     store(work, 1, k, sums[1])
 
 
-@njit(forceinline=True)
+@inlined
 def grad_input(tensors, coefficients, options, r, k, zero):
     """Applies `maps.grad_input` in one row."""
     if options.streamed:

@@ -14,8 +14,10 @@ import struct
 from typing import ClassVar, NamedTuple, get_type_hints
 
 import numpy as np
-from numba import from_dtype, njit
+from numba import from_dtype
 from numba.extending import intrinsic, overload
+
+from batchnorm.kernels.compiled.numba_internals import jitted
 
 
 class Addresses(NamedTuple):
@@ -121,13 +123,13 @@ STEPS = ("prepare", "collect", "merge", "take_means", "apply")
 PREPARE, COLLECT, MERGE, TAKE_MEANS, APPLY = (1 << place for place in range(len(STEPS)))
 
 
-@njit
+@jitted
 def share(whole, thread, team):
     """First and last of a thread's share."""
     return whole * thread // team, whole * (thread + 1) // team
 
 
-@njit
+@jitted
 def steps_of(task):
     """Returns the bits of the steps in the current stage."""
     return task.stages >> (8 * task.stage) & 255
