@@ -13,14 +13,13 @@ train: $(USER_SETUP)  ## train LeNet with and without batch norm, then write a r
 # pytest ends with 5 where ARGS select nothing; the floor of coverage holds for both together.
 # Two workers share two cores: threads that wait must not spin.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --durations 25 --cov $(ARGS)
-CHECKED := --jaxtyping-packages=batchnorm,beartype.beartype
 
 test: lint  ## everything that CI checks
 	$(MAKE) typed
 	$(MAKE) untyped
 
 typed: $(DEV_SETUP)  ## the tests, with every annotation checked at run time
-	$(PYTEST) -m "not untyped" $(CHECKED) --cov-report= --cov-fail-under 0 || [ $$? -eq 5 ]
+	$(PYTEST) -m "not untyped" --typed --cov-report= --cov-fail-under 0 || [ $$? -eq 5 ]
 
 untyped: $(DEV_SETUP)  ## the tests that cannot bear these checks; adds to the coverage of `typed`
 	$(PYTEST) -m untyped --cov-append --cov-report term || [ $$? -eq 5 ]

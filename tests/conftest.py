@@ -1,22 +1,22 @@
 """What every test file shares: one thread a worker, and the real images."""
 
-import importlib.util
 import os
-import sys
-from unittest.mock import patch
 
 import pytest
 import torch
 
+import annotations
 import ranks
 
-if importlib.util.find_spec("numba"):
-    # Numba cannot compile functions that are wrapped by checks at run time.
-    from batchnorm.kernels import geometry, parallel  # noqa: F401
 
-    plain = [finder for finder in sys.meta_path if "jaxtyping" not in type(finder).__module__]
-    with patch.object(sys, "meta_path", plain):
-        from batchnorm.kernels.compiled import plans  # noqa: F401
+def pytest_addoption(parser):
+    parser.addoption("--typed", action="store_true", help="check every annotation at run time")
+
+
+def pytest_configure(config):
+    if config.getoption("--typed"):
+        annotations.check()
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

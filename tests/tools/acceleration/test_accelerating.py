@@ -184,6 +184,7 @@ def test_shallow_copies_share_the_state():
     assert relus_and_additions(twin) == (0, 0)
 
 
+@pytest.mark.untyped  # beartype remembers nested functions, and with them what they hold
 def test_an_accelerated_model_can_be_freed():
     block = accelerated(nets.BasicBlock())
     freed = [weakref.ref(block), weakref.ref(block.bn1), weakref.ref(block.conv1.weight)]
