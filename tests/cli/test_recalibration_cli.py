@@ -345,7 +345,7 @@ def test_force_replaces_a_file_even_the_checkpoint_itself(folder, capsys):
         (["plain.pt", "--out", "no/a.pt"], {}, "--out: there is no folder no."),
         (["gone.pt", "--dry-run"], {}, "gone.pt: no such file or directory."),
         (["gone.safetensors", "--dry-run"], {}, "gone.safetensors: no such file or directory."),
-        (["mine.py", "--dry-run"], {}, "mine.py must end in .pt, .pth or .safetensors, which"),
+        (["mine.py", "--dry-run"], {}, "mine.py must end in .pt, .pth, .ckpt or .safetensors"),
         (["junk.pt", "--dry-run"], {}, "junk.pt is damaged, or holds more than tensors"),
         (["junk.safetensors", "--dry-run"], {}, "junk.safetensors cannot be read: SafetensorErr"),
         (["code.pt", "--dry-run"], {}, "code.pt is damaged, or holds more than tensors and simple"),

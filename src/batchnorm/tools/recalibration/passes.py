@@ -243,13 +243,12 @@ def _statistics(collector: MomentCollector, collected: Collected) -> tuple[Tenso
             f"{who} got values that are not finite; the model is as it was. Look for NaN or "
             "infinity in the data, or in the weights before this layer."
         )
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    mean = moments.mean.to(layer.running_mean.dtype)
-    var = unbiased_var(moments).to(layer.running_var.dtype)
+    dtypes = [buffer.dtype for buffer in collector.buffers]
+    mean = moments.mean.to(dtypes[0])
+    var = (unbiased_var(moments) if collector.unbiased else moments.var).to(dtypes[1])
     if not (mean.isfinite().all() and var.isfinite().all()):
         raise ValueError(
-            f"{who} has statistics that are too large for {layer.running_var.dtype}; the model is "
+            f"{who} has statistics that are too large for {dtypes[1]}; the model is "
             "as it was. Keep its buffers in float32."
         )
     return mean, var
