@@ -61,7 +61,8 @@ _GLOBAL_HOOKS: list[dict[int, Callable[..., Any]]] = [
 has_storage: Callable[[Tensor], bool] = _private(
     "_C._has_storage", lambda _: False, "layers go through torch's dispatcher, which is slow"
 )
-_is_exporting: Callable[[], bool] = _private(
+# Tells if torch.export captures the code that runs.
+is_exporting: Callable[[], bool] = _private(
     "compiler.is_exporting", lambda: False, "tools record tensors of torch.export"
 )
 _is_fake: Callable[[object], bool] = _private(
@@ -85,7 +86,7 @@ def is_real(x: Tensor) -> bool:
 
     In code that ``torch.compile`` traces it is, because the code runs on values later.
     """
-    if _is_exporting():
+    if is_exporting():
         return False
     if torch.compiler.is_compiling():
         return True

@@ -25,6 +25,7 @@ from batchnorm.tools.patching import (
     updates_suppressed,
     work_on_copies,
 )
+from batchnorm.torch_internals import is_exporting
 
 
 def checkpoint(
@@ -118,6 +119,8 @@ class _CountOnce(InheritedMethod):
     tool = "count_recomputation_once"
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
+        if is_exporting():
+            return self.original(*args, **kwargs)
         is_rerun = _asked_at_run_time() if torch.compiler.is_compiling() else is_recomputing()
         if not is_rerun:
             return self.original(*args, **kwargs)

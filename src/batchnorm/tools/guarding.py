@@ -260,9 +260,9 @@ class _Guarded(InheritedMethod):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        device = next(iter(statistics_of(layer).values())).device
-        device = torch.device("cpu") if device.type == "meta" else device
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        tensors = (*statistics_of(layer).values(), *layer.buffers(), *layer.parameters())
+        devices = [tensor.device for tensor in tensors if not tensor.is_meta]
+        self.skipped = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else "cpu")
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.module

@@ -20,8 +20,9 @@ layer; or None for all."""
 
 FROZEN_MARK = "_batchnorm_frozen"
 """Attribute that `batchnorm.freeze` sets on a layer."""
-_BETWEEN = ("batchnorm.", "torch.utils._contextlib", "jaxtyping", "beartype")
-"""Modules between a tool's warning and the user's code; ``torch.no_grad`` wraps some tools."""
+_BETWEEN = ("batchnorm.", "torch.utils.", "torch.nn.", "jaxtyping", "beartype")
+"""Modules between a tool's warning and the user's code: ``torch.no_grad`` wraps some tools, and
+modules call hooks."""
 _SHOWN = 5
 """Names of layers in a message; more would bury what it says."""
 

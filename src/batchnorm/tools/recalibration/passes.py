@@ -19,6 +19,7 @@ from batchnorm.tools.recalibration.collector import (
     merge_collected,
 )
 from batchnorm.tools.recalibration.distributed import AllRanks
+from batchnorm.torch_internals import is_real
 
 Forward = Callable[[nn.Module, Any], object]
 Progress = Callable[[int], object]
@@ -88,6 +89,7 @@ class Feeder:
         """
         samples = batches = 0
         for batch in islice(self.batches, at_most):
+            _check_values(batch)
             try:
                 with torch.no_grad():
                     self.forward(self.model, batch)
@@ -128,6 +130,14 @@ def call(model: nn.Module, batch: Any) -> object:
         "recalibrate: a batch must be a tensor, a dict of keyword arguments, or a tuple or list "
         f"whose first element is one of these, got {what}; give forward=lambda model, batch: ..."
     )
+
+
+def _check_values(batch: Any) -> None:
+    tensor = _first_tensor(batch)
+    if tensor is not None and not is_real(tensor):
+        raise ValueError(
+            "recalibrate: a batch is on the meta device or fake and has no values; give real data."
+        )
 
 
 def count_samples(batch: Any) -> int:
