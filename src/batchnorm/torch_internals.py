@@ -68,6 +68,9 @@ is_exporting: Callable[[], bool] = _private(
 _is_fake: Callable[[object], bool] = _private(
     "_subclasses.fake_tensor.is_fake", lambda _: False, "tools record tensors of torch.export"
 )
+_is_functional: Callable[[Tensor], bool] = _private(
+    "_is_functional_tensor", lambda _: False, "tools record tensors of torch.func.functionalize"
+)
 # The library whose calls to OpenMP show which implementation torch was linked with.
 LIBRARY_FILE: str | None = _private("_C.__file__", None, "kernels run on threads of their own")
 KNOWS_TRANSFORMS = _transforms_active is not None and _level is not None
@@ -90,7 +93,7 @@ def is_real(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return not x.is_meta and has_storage(x) and not _is_fake(x)
+    return not x.is_meta and has_storage(x) and not (_is_functional(x) or _is_fake(x))
 
 
 def is_func_transformed() -> bool:

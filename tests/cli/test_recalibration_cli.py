@@ -471,3 +471,115 @@ def test_help_is_fast_and_loads_no_torch(monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "--sequential" in done.stdout
     assert least_cpu_seconds(run) < budget_of_help()
+
+
+# Names with a prefix, as Lightning writes them, and counters of odd shape.
+
+
+def test_a_lightning_file(folder, capsys):
+    lightning = pytest.importorskip("lightning.pytorch", reason="its checkpoints are read")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = net()
+            self.loss = nn.CrossEntropyLoss(weight=torch.ones(4))
+            self.save_hyperparameters({"lr": 0.1})
+
+        def training_step(self, batch, index):
+            return self.model(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(INPUTS), batch_size=30)
+    trainer = lightning.Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, accelerator="cpu",
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module, data)
+    trainer.save_checkpoint("last.ckpt")
+    code, _, err = run(capsys, "last.ckpt", "--out", "new.ckpt")
+    assert code == 0, err
+    said = "Names in last.ckpt are read without 'model.'; 1 other entries stay as they are."
+    assert said in err
+    changed = torch.load("new.ckpt", weights_only=True)["state_dict"]
+    module.load_state_dict(changed)
+    expected = net()
+    expected.load_state_dict(module.model.state_dict())
+    assert not torch.equal(changed["model.1.running_mean"], torch.zeros(4))
+    assert torch.equal(changed["loss.weight"], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.", "net.backbone.", "module.model.", "model._orig_mod.", "_forward_module.net."],
+)
+def test_a_prefix_is_found_and_said(folder, capsys, prefix):
+    state = {prefix + key: value for key, value in net().state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, "wrapped.pt")
+    code, _, err = run(capsys, "wrapped.pt", "--out", "new.pt")
+    assert code == 0
+    short = prefix.replace("module.", "", 1) if prefix.startswith("module.") else prefix
+    assert f"Names in wrapped.pt are read without '{short.replace('_orig_mod.', '')}'." in err
+    new = torch.load("new.pt", weights_only=True)
+    assert list(new["state_dict"]) == list(state)
+    run(capsys, "plain.pt", "--out", "plain_new.pt")
+    plain = torch.load("plain_new.pt", weights_only=True)
+    assert all(torch.equal(new["state_dict"][prefix + key], value) for key, value in plain.items())
+
+
+def test_without_a_prefix_nothing_is_said(folder, capsys):
+    _, _, err = run(capsys, "plain.pt", "--dry-run")
+    assert "are read without" not in err
+
+
+def test_a_file_with_two_models_needs_a_choice(folder, capsys):
+    torch.manual_seed(1)
+    state = {
+        f"{who}.{k}": v for who in ("student", "teacher") for k, v in net().state_dict().items()
+    }
+    torch.save(state, "two.pt")
+    code, _, err = run(capsys, "two.pt", "--dry-run")
+    assert code == 2
+    assert (
+        "two.pt holds the model several times; choose by --prefix student. or --prefix teac" in err
+    )
+    code, _, err = run(capsys, "two.pt", "--out", "new.pt", "--prefix", "teacher.")
+    assert code == 0
+    assert "are read without 'teacher.'; 12 other entries stay as they are." in err
+    new = torch.load("new.pt", weights_only=True)
+    assert not torch.equal(new["teacher.1.running_mean"], state["teacher.1.running_mean"])
+    assert torch.equal(new["student.1.running_mean"], state["student.1.running_mean"])
+    code, _, err = run(capsys, "two.pt", "--dry-run", "--prefix", "nobody.")
+    assert code == 2
+    assert "two.pt holds no name that begins with 'nobody.'." in err
+
+
+@pytest.mark.parametrize(
+    ("counter", "sentence"),
+    [
+        (
+            torch.Tensor([]),
+            "1.num_batches_tracked has the shape (0,), and a counter is one number.",
+        ),
+        (torch.ones(2), "1.num_batches_tracked has the shape (2,), and a counter is one number."),
+        (torch.tensor(torch.nan), "1.num_batches_tracked is nan, and a counter is a whole number"),
+    ],
+)
+def test_a_counter_that_is_no_number_is_refused(folder, capsys, counter, sentence):
+    torch.save({**net().state_dict(), "1.num_batches_tracked": counter}, "odd.pt")
+    code, out, err = run(capsys, "odd.pt", "--out", "new.pt")
+    assert (code, out) == (2, "")
+    assert f"odd.pt: {sentence}" in err
+    assert not (folder / "new.pt").exists()
+
+
+@pytest.mark.parametrize("counter", [torch.tensor([3]), torch.tensor(3.0), torch.Tensor([3])])
+def test_a_counter_of_another_kind_is_a_number(folder, capsys, counter):
+    torch.save({**net().state_dict(), "1.num_batches_tracked": counter}, "odd.pt")
+    assert run(capsys, "odd.pt", "--out", "new.pt")[0] == 0
+    new = torch.load("new.pt", weights_only=True)
+    net().load_state_dict(new)
+    assert new["1.num_batches_tracked"].item() == 5

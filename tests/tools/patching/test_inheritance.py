@@ -8,6 +8,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -454,17 +455,18 @@ print(model[1].training, type(model[1]).__name__)
 
 
 def test_models_are_collected():
-    def attached():
-        gc.collect()
-        return len(inheritance._attached)
-
-    before = attached()
     model = net()
     freeze(model)
     handles = [guard(model), watch(model), no_stats_update(model)]
+    old = [weakref.ref(model[1]), weakref.ref(model[3][1])]
     model = of_torch(model)
-    assert attached() == before + 4
+    new = [weakref.ref(model[1]), weakref.ref(model[3][1])]
+    assert all(layer() in inheritance._attached for layer in old + new)
     for handle in handles:
         handle.remove()
-    del model, handles, handle
-    assert attached() == before
+    del handles, handle
+    gc.collect()
+    assert [layer() for layer in old] == [None, None]
+    del model
+    gc.collect()
+    assert [layer() for layer in new] == [None, None]
