@@ -17,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from batchnorm import cli
+from batchnorm import cli, scratch
 from batchnorm.cli.checkpoint import read
 from batchnorm.cli.recalibration import _network, _progress
 from batchnorm.tools.freezing import is_frozen, unfreeze
 from batchnorm.tools.recalibration import recalibrate
 from cpu_time import budget_of_help, least_cpu_seconds
+from look_alikes import D2l
 from recalibration_cases import normal
+from torchvision_import import import_torchvision
 
 # typer demands the annotation typer.Context and hands over an object of another class.
 pytestmark = pytest.mark.untyped
@@ -82,6 +84,7 @@ class Holder:
     make = staticmethod(net)
 """
 INPUTS = normal(90, 3)
+INPUTS_OF_MINE = torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -476,7 +479,9 @@ def test_help_is_fast_and_loads_no_torch(monkeypatch):
 # Names with a prefix, as Lightning writes them, and counters of odd shape.
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
 def test_a_lightning_file(folder, capsys):
+    import_torchvision()  # Lightning does so, too.
     lightning = pytest.importorskip("lightning.pytorch", reason="its checkpoints are read")
 
     class Module(lightning.LightningModule):
@@ -583,3 +588,48 @@ def test_a_counter_of_another_kind_is_a_number(folder, capsys, counter):
     new = torch.load("new.pt", weights_only=True)
     net().load_state_dict(new)
     assert new["1.num_batches_tracked"].item() == 5
+
+
+LIKE = """
+from torch import nn
+from batchnorm import scratch
+from look_alikes import D2l
+
+def scratch_net():
+    return nn.Sequential(nn.Linear(3, 4), scratch.BatchNorm(4, num_dims=2))
+
+def d2l_net():
+    return nn.Sequential(nn.Linear(3, 4), D2l(4, num_dims=2))
+"""
+
+
+@pytest.fixture
+def like(folder):
+    (folder / "like.py").write_text(LIKE)
+    yield
+    sys.modules.pop("like", None)
+
+
+@pytest.mark.usefixtures("like")
+def test_a_layer_from_scratch(folder, capsys):
+    model = nn.Sequential(nn.Linear(3, 4), scratch.BatchNorm(4, num_dims=2))
+    torch.save(model.state_dict(), "scratch.pt")
+    code, out, err = run(capsys, "scratch.pt", "--out", "new.pt", model="like:scratch_net")
+    assert code == 0, err
+    assert "Recalibrated 1 layer" in out
+    new = torch.load("new.pt", weights_only=True)
+    y = model[0](INPUTS_OF_MINE).detach()
+    torch.testing.assert_close(new["1.moving_mean"], y.mean(0, keepdim=True))
+    torch.testing.assert_close(new["1.moving_var"], y.var(0, unbiased=False, keepdim=True))
+
+
+@pytest.mark.usefixtures("like")
+def test_a_layer_whose_statistics_are_in_no_checkpoint(folder, capsys):
+    model = nn.Sequential(nn.Linear(3, 4), D2l(4, num_dims=2))
+    torch.save(model.state_dict(), "d2l.pt")
+    for option in (["--out", "new.pt"], ["--dry-run"]):
+        code, out, err = run(capsys, "d2l.pt", *option, model="like:d2l_net")
+        assert (code, out) == (2, "")
+        said = "layer '1' (D2l) keeps moving_mean as an ordinary attribute, which is not in a check"
+        assert said in err
+    assert not (folder / "new.pt").exists()

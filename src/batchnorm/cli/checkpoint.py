@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.files import whole_file
-from batchnorm.tools.patching import COUNTER, by_unwrapped_name, count_in
+from batchnorm.tools.patching import COUNTER, by_unwrapped_name, count_in, statistics_of
 
 TORCH = (".pt", ".pth", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -88,6 +88,21 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path} does not fit the model: it {what} {keys[0]}{more}; "
                     "name the factory of this very model."
+                )
+
+    def check_statistics(self, model: nn.Module, layers: Iterable[str]) -> None:
+        """Checks that the file has a place for the statistics of the layers.
+
+        Raises:
+            CheckpointError: A layer keeps them outside of ``state_dict``, as in the d2l book.
+        """
+        for name in layers:
+            layer = model.get_submodule(name)
+            missing = [key for key in statistics_of(layer) if key not in layer._buffers]
+            if missing:
+                raise CheckpointError(
+                    f"layer {name!r} ({type(layer).__name__}) keeps {missing[0]} as an ordinary "
+                    "attribute, which is not in a checkpoint; make it a buffer by register_buffer."
                 )
 
     def take_statistics(self, model: nn.Module, layers: Iterable[str]) -> None:

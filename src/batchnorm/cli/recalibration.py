@@ -99,6 +99,8 @@ def recalibrate(
             sequential=sequential,
             progress=progress,
         )
+    with one_sentence():
+        stored.check_statistics(network, [change.name for change in result.layers])
     target = None if dry_run else out
     if target is not None:
         with one_sentence():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -213,7 +214,7 @@ class _FrozenTrain(InheritedMethod):
         if self.requires_grad:
             train.freeze_parameters()
 
-    def complete(self, heir: _FrozenTrain) -> None:
+    def complete(self, heir: Any) -> None:
         """Freezes parameters that the converter made after it had shared the statistics."""
         if self.requires_grad:
             heir.freeze_parameters()

@@ -65,6 +65,7 @@ def of_timm(model):
 
 
 def of_lightning(model):
+    import_torchvision()  # Lightning does so, too.
     pytest.importorskip("lightning", reason="Lightning's plugin converts")
     plugins = importlib.import_module("lightning.pytorch.plugins.layer_sync")
     return plugins.TorchSyncBatchNorm().apply(model)

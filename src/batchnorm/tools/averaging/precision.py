@@ -8,6 +8,7 @@ refuse smaller dtypes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,25 +118,27 @@ class _Tensors:
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         parts = [part for layer in layers for part in layer.modules()]
+        places: list[dict[str, Any]] = [
+            place for part in parts for place in (part._parameters, part._buffers)
+        ]
         self._places = [
-            (place, name, tensor, None if tensor is None else tensor.data, _grad_of(tensor))
-            for part in parts
-            for place in (part._parameters, part._buffers)
+            (place, name, tensor, tensor.data, _grad_of(tensor))
+            for place in places
             for name, tensor in place.items()
+            if tensor is not None
         ]
 
     def restore(self) -> None:
         """Gives back the same objects with the same memory, values and gradients."""
         for place, name, tensor, data, grad in self._places:
             place[name] = tensor
-            if tensor is not None:
-                tensor.data = data
-                if grad is not None:
-                    tensor.grad, tensor.grad.data = grad
+            tensor.data = data
+            if grad is not None:
+                tensor.grad, tensor.grad.data = grad
 
 
-def _grad_of(tensor: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    grad = None if tensor is None or not tensor.is_leaf else tensor.grad
+def _grad_of(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    grad = tensor.grad if tensor.is_leaf else None
     return None if grad is None else (grad, grad.data)
 
 

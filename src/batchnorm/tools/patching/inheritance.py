@@ -10,6 +10,7 @@ of modules that are built later.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -55,14 +56,15 @@ class InheritedMethod(ReplacedMethod):
         heir.install()
         _heirs.setdefault(self, []).append(heir)
 
-    def complete(self: _Method, heir: _Method) -> None:
+    def complete(self, heir: Any) -> None:
         """Called when a rebuilt layer, which has inherited, takes its place in the model."""
 
     def with_heirs(self: _Method) -> Iterator[_Method]:
         """Yields this method and those that were given to rebuilt layers."""
         yield self
         for heir in _heirs.get(self, ()):
-            yield from heir.with_heirs()
+            if isinstance(heir, type(self)):
+                yield from heir.with_heirs()
 
     def end(self) -> None:
         """Uninstalls this method, and those that were given to rebuilt layers."""
@@ -105,11 +107,14 @@ _attached: WeakSet[nn.Module] = WeakSet()
 _heirs: WeakKeyDictionary[InheritedMethod, list[InheritedMethod]] = WeakKeyDictionary()
 _followers: WeakKeyDictionary[nn.Module, WeakSet[Follower]] = WeakKeyDictionary()
 _hooks: list[Any] = []
+_lock = threading.RLock()
 
 
 def _attach(layer: nn.Module) -> None:
-    _attached.add(layer)
-    if not _hooks:
+    with _lock:
+        _attached.add(layer)
+        if _hooks:
+            return
         _hooks.append(register_module_buffer_registration_hook(_on_buffer))
         _hooks.append(register_module_module_registration_hook(_on_child))
 
@@ -118,7 +123,9 @@ def _on_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     """Lets a module inherit whose new buffer is the one of an attached layer."""
     if buffer is None or module in _attached:
         return
-    for layer in list(_attached):
+    with _lock:
+        layers = list(_attached)
+    for layer in layers:
         if layer is module or vars(layer).get("_buffers", {}).get(name) is not buffer:
             continue
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or is_batch_norm(module):
