@@ -164,6 +164,8 @@ def test_hooks_of_a_module_are_seen():
         assert not torch_internals.has_hooks(layer)
         getattr(layer, register)(lambda *_: None)
         assert torch_internals.has_hooks(layer), register
+        torch_internals.clear_hooks(layer)
+        assert not torch_internals.has_hooks(layer)
 
 
 def test_refused_writes_are_told_apart():

@@ -145,6 +145,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def clear_hooks(module: nn.Module) -> None:
+    """Removes all hooks on the calls of this module and on its gradients."""
+    for hooks in _HOOKS:
+        getattr(module, hooks).clear()
+
+
 def global_hooks() -> list[Callable[..., Any]]:
     """The hooks that run for every module (``register_module_forward_hook`` and its kin)."""
     if not any(_GLOBAL_HOOKS):

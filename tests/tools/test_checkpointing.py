@@ -571,6 +571,7 @@ compiling = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depr
 
 
 @compiling
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by dynamo
 @pytest.mark.untyped
 @pytest.mark.parametrize("kind", ["torch 1d", "ours"])
 def test_counting_once_in_compiled_code_breaks_graphs_and_says_so(kind):

@@ -41,7 +41,7 @@ def no_stats_update(model: nn.Module, layers: LayerSelection = None) -> Handle:
 
     It sets ``track_running_stats``, which torch's layers and ours read; a subclass with a forward
     of its own must read it, too. Layers that only look like batch norm work on copies of their
-    statistics, which are dropped. A layer that is rebuilt meanwhile does not update either, and
+    statistics, which are dropped. A layer that is rebuilt in between does not update either, and
     does so again at the end. ``copy.deepcopy`` and pickle give a copy that updates as always;
     ``copy.copy`` of a layer shares its attributes, so set the flag of such a copy yourself.
     Where a part of the model is checkpointed, run the backward inside too: torch requires that the

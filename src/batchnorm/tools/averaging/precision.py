@@ -134,7 +134,9 @@ class _Tensors:
             place[name] = tensor
             tensor.data = data
             if grad is not None:
-                tensor.grad, tensor.grad.data = grad
+                kept, values = grad
+                kept.data = values
+                tensor.grad = kept
 
 
 def _grad_of(tensor: Tensor) -> tuple[Tensor, Tensor] | None:

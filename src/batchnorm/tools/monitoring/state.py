@@ -90,9 +90,10 @@ def determines_batch(layer: nn.Module) -> bool:
 
 
 def _tensors(layer: nn.Module, seen: Moments | None) -> dict[str, Tensor]:
-    tensors = dict(
-        zip(("running_mean", "running_var"), statistics_of(layer).values(), strict=False)
-    )
+    tensors: dict[str, Tensor] = {}
+    if has_running_statistics(layer):
+        mean, var = statistics_of(layer).values()
+        tensors = {"running_mean": mean, "running_var": var}
     channels = {tensor.numel() for tensor in tensors.values()}
     for kind, other in (("weight", "gamma"), ("bias", "beta")):
         tensor = getattr(layer, kind, getattr(layer, other, None))

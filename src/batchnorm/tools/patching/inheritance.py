@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -72,6 +72,7 @@ class InheritedMethod(ReplacedMethod):
             method.uninstall()
 
 
+@runtime_checkable
 class Follower(Protocol):
     """A change that is no replaced method, and follows a layer that is rebuilt."""
 

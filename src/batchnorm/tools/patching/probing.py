@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.tools.patching.statistics import put_state, statistics_of
+from batchnorm.torch_internals import clear_hooks
 
 _SAMPLES = 6
 _RANKS = (4, 2, 3, 5)
@@ -64,8 +65,7 @@ def probe(layer: nn.Module) -> Behavior:
 def _twin(layer: nn.Module) -> nn.Module:
     twin = copy.deepcopy(layer).to("cpu", torch.float32)
     for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        clear_hooks(module)
         vars(module).pop("forward", None)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
