@@ -582,6 +582,7 @@ def test_counting_once_in_compiled_code_breaks_graphs_and_says_so(kind):
         compiled = torch.compile(model, backend="aot_eager")
         torchs.checkpoint(compiled, batch, use_reentrant=False).sum().backward()
         assert model[1].num_batches_tracked == counted + 1
+        torch.compiler.reset()
         whole = torch.compile(model, backend="aot_eager", fullgraph=True)
         message = "count_recomputation_once needs a graph break at each layer, because it is known"
         with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
