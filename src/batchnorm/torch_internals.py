@@ -93,7 +93,9 @@ def is_real(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return not x.is_meta and has_storage(x) and not (_is_functional(x) or _is_fake(x))
+    if x.is_meta or not has_storage(x) or _is_functional(x):
+        return False
+    return type(x) in (Tensor, nn.Parameter) or not _is_fake(x)
 
 
 def is_func_transformed() -> bool:

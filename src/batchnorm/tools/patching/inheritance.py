@@ -25,7 +25,7 @@ from torch.nn.modules.module import (
 from batchnorm.tools.patching.handle import Handle
 from batchnorm.tools.patching.methods import ReplacedMethod
 from batchnorm.tools.patching.selection import warn
-from batchnorm.tools.patching.statistics import is_batch_norm, statistics_of
+from batchnorm.tools.patching.statistics import STATISTICS, is_batch_norm, statistics_of
 from batchnorm.torch_internals import is_real
 
 _Method = TypeVar("_Method", bound="InheritedMethod")
@@ -103,6 +103,8 @@ def remove_follower(follower: Follower) -> None:
         followers.discard(follower)
 
 
+_SHARED = {name for names in STATISTICS for name in names}
+"""Buffers that a converter shares between the old and the new layer."""
 _attached: WeakSet[nn.Module] = WeakSet()
 """Layers that have, or had, something that can be inherited."""
 _heirs: WeakKeyDictionary[InheritedMethod, list[InheritedMethod]] = WeakKeyDictionary()
@@ -122,7 +124,7 @@ def _attach(layer: nn.Module) -> None:
 
 def _on_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     """Lets a module inherit whose new buffer is the one of an attached layer."""
-    if buffer is None or module in _attached:
+    if buffer is None or name not in _SHARED or module in _attached:
         return
     with _lock:
         layers = list(_attached)

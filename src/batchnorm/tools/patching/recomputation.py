@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from batchnorm.tools.patching.attributes import is_temporary
 from batchnorm.tools.patching.buffers import work_on_copies
-from batchnorm.tools.patching.statistics import is_batch_norm, names_of_statistics
+from batchnorm.tools.patching.statistics import is_batch_norm
 from batchnorm.torch_internals import backward_pass_id, when_backward_pass_ends
 
 
@@ -32,8 +32,7 @@ def is_repeated(layer: nn.Module) -> bool:
     """Tells if a call of the layer now repeats an earlier one; always False in compiled code."""
     if torch.compiler.is_compiling():
         return False
-    names = names_of_statistics(layer) or ("running_mean",)
-    return is_recomputing() or is_temporary(layer, names[0])
+    return is_recomputing() or is_temporary(layer, "running_mean", "moving_mean")
 
 
 @contextmanager

@@ -52,6 +52,9 @@ def has_running_statistics(layer: nn.Module) -> bool:
 
 def statistics_of(layer: nn.Module) -> dict[str, Tensor]:
     """Running mean and variance by their names in the layer; empty if it has none."""
+    if isinstance(layer, _BatchNorm):
+        mean, var = layer.running_mean, layer.running_var
+        return {} if mean is None or var is None else {"running_mean": mean, "running_var": var}
     names = names_of_statistics(layer)
     return {} if names is None else {name: getattr(layer, name) for name in names}
 
@@ -117,7 +120,9 @@ def count_in(counter: Any) -> int:
 
 def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields a module's own buffers, and statistics that it keeps as ordinary attributes."""
-    yield from module.named_buffers(recurse=False, remove_duplicate=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            yield name, buffer
     if isinstance(module, _BatchNorm):
         return
     for name in names_of_statistics(module) or ():
