@@ -18,6 +18,9 @@ NAMES = [
     "_C._len_torch_dispatch_stack",
     "_C._autograd._top_saved_tensors_default_hooks",
     "_C._current_graph_task_id",
+    "compiler.is_exporting",
+    "_subclasses.fake_tensor.is_fake",
+    "_is_functional_tensor",
     "_C._has_storage",
     "_C.__file__",
 ]
@@ -68,6 +71,35 @@ def test_memory_is_seen():
     wrapped = []
     torch.func.vmap(lambda x: (wrapped.append(torch_internals.has_storage(x)), x)[1])(torch.ones(3))
     assert wrapped == [False]
+
+
+def test_tensors_with_values_are_told_from_those_without():
+    x = torch.ones(3)
+    assert torch_internals.is_real(x)
+    assert torch_internals.is_real(torch.nn.Parameter(x))
+    assert not torch_internals.is_real(x.to("meta"))
+    with FakeTensorMode() as mode:
+        assert not torch_internals.is_real(mode.from_tensor(x))
+        assert not torch_internals.is_real(torch.ones(3))
+    assert torch_internals.is_real(x)
+    for transform in (torch.func.vmap, torch.func.functionalize):
+        assert seen_of(transform, x) == [False]
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            seen.append((torch_internals.is_exporting(), torch_internals.is_real(x)))
+            return x * 2
+
+    seen = []
+    torch.export.export(Look(), (x,))
+    assert set(seen) == {(True, False)}
+    assert not torch_internals.is_exporting()
+
+
+def seen_of(transform, x):
+    seen = []
+    transform(lambda x: (seen.append(torch_internals.is_real(x)), x * 2)[1])(x)
+    return seen
 
 
 def test_a_backward_pass_has_a_number_and_an_end():
@@ -132,6 +164,8 @@ def test_hooks_of_a_module_are_seen():
         assert not torch_internals.has_hooks(layer)
         getattr(layer, register)(lambda *_: None)
         assert torch_internals.has_hooks(layer), register
+        torch_internals.clear_hooks(layer)
+        assert not torch_internals.has_hooks(layer)
 
 
 def test_refused_writes_are_told_apart():

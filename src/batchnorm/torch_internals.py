@@ -61,6 +61,16 @@ _GLOBAL_HOOKS: list[dict[int, Callable[..., Any]]] = [
 has_storage: Callable[[Tensor], bool] = _private(
     "_C._has_storage", lambda _: False, "layers go through torch's dispatcher, which is slow"
 )
+# Tells if torch.export captures the code that runs.
+is_exporting: Callable[[], bool] = _private(
+    "compiler.is_exporting", lambda: False, "tools record tensors of torch.export"
+)
+_is_fake: Callable[[object], bool] = _private(
+    "_subclasses.fake_tensor.is_fake", lambda _: False, "tools record tensors of torch.export"
+)
+_is_functional: Callable[[Tensor], bool] = _private(
+    "_is_functional_tensor", lambda _: False, "tools record tensors of torch.func.functionalize"
+)
 # The library whose calls to OpenMP show which implementation torch was linked with.
 LIBRARY_FILE: str | None = _private("_C.__file__", None, "kernels run on threads of their own")
 KNOWS_TRANSFORMS = _transforms_active is not None and _level is not None
@@ -72,6 +82,20 @@ def is_transformed() -> bool:
     ``torch.autograd.Function`` itself asks the first question like this.
     """
     return KNOWS_TRANSFORMS and (_transforms_active() or forward_ad._current_level >= 0)
+
+
+def is_real(x: Tensor) -> bool:
+    """Tells if a tensor has values: it is not fake, not on meta, and in no transform or export.
+
+    In code that ``torch.compile`` traces it is, because the code runs on values later.
+    """
+    if is_exporting():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if x.is_meta or not has_storage(x) or _is_functional(x):
+        return False
+    return type(x) in (Tensor, nn.Parameter) or not _is_fake(x)
 
 
 def is_func_transformed() -> bool:
@@ -121,6 +145,12 @@ def when_backward_pass_ends(callback: Callable[[], None]) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Tells if somebody listens to the calls of this module, or to its gradients."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def clear_hooks(module: nn.Module) -> None:
+    """Removes all hooks on the calls of this module and on its gradients."""
+    for hooks in _HOOKS:
+        getattr(module, hooks).clear()
 
 
 def global_hooks() -> list[Callable[..., Any]]:

@@ -17,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from batchnorm import cli
+from batchnorm import cli, scratch
 from batchnorm.cli.checkpoint import read
 from batchnorm.cli.recalibration import _network, _progress
 from batchnorm.tools.freezing import is_frozen, unfreeze
 from batchnorm.tools.recalibration import recalibrate
 from cpu_time import budget_of_help, least_cpu_seconds
+from look_alikes import D2l
 from recalibration_cases import normal
+from torchvision_import import import_torchvision
 
 # typer demands the annotation typer.Context and hands over an object of another class.
 pytestmark = pytest.mark.untyped
@@ -82,6 +84,7 @@ class Holder:
     make = staticmethod(net)
 """
 INPUTS = normal(90, 3)
+INPUTS_OF_MINE = torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -345,7 +348,7 @@ def test_force_replaces_a_file_even_the_checkpoint_itself(folder, capsys):
         (["plain.pt", "--out", "no/a.pt"], {}, "--out: there is no folder no."),
         (["gone.pt", "--dry-run"], {}, "gone.pt: no such file or directory."),
         (["gone.safetensors", "--dry-run"], {}, "gone.safetensors: no such file or directory."),
-        (["mine.py", "--dry-run"], {}, "mine.py must end in .pt, .pth or .safetensors, which"),
+        (["mine.py", "--dry-run"], {}, "mine.py must end in .pt, .pth, .ckpt or .safetensors"),
         (["junk.pt", "--dry-run"], {}, "junk.pt is damaged, or holds more than tensors"),
         (["junk.safetensors", "--dry-run"], {}, "junk.safetensors cannot be read: SafetensorErr"),
         (["code.pt", "--dry-run"], {}, "code.pt is damaged, or holds more than tensors and simple"),
@@ -471,3 +474,162 @@ def test_help_is_fast_and_loads_no_torch(monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "--sequential" in done.stdout
     assert least_cpu_seconds(run) < budget_of_help()
+
+
+# Names with a prefix, as Lightning writes them, and counters of odd shape.
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_a_lightning_file(folder, capsys):
+    import_torchvision()  # Lightning does so, too.
+    lightning = pytest.importorskip("lightning.pytorch", reason="its checkpoints are read")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = net()
+            self.loss = nn.CrossEntropyLoss(weight=torch.ones(4))
+            self.save_hyperparameters({"lr": 0.1})
+
+        def training_step(self, batch, index):
+            return self.model(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(INPUTS), batch_size=30)
+    trainer = lightning.Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, accelerator="cpu",
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module, data)
+    trainer.save_checkpoint("last.ckpt")
+    code, _, err = run(capsys, "last.ckpt", "--out", "new.ckpt")
+    assert code == 0, err
+    said = "Names in last.ckpt are read without 'model.'; 1 other entries stay as they are."
+    assert said in err
+    changed = torch.load("new.ckpt", weights_only=True)["state_dict"]
+    module.load_state_dict(changed)
+    expected = net()
+    expected.load_state_dict(module.model.state_dict())
+    assert not torch.equal(changed["model.1.running_mean"], torch.zeros(4))
+    assert torch.equal(changed["loss.weight"], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.", "net.backbone.", "module.model.", "model._orig_mod.", "_forward_module.net."],
+)
+def test_a_prefix_is_found_and_said(folder, capsys, prefix):
+    state = {prefix + key: value for key, value in net().state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, "wrapped.pt")
+    code, _, err = run(capsys, "wrapped.pt", "--out", "new.pt")
+    assert code == 0
+    short = prefix.replace("module.", "", 1) if prefix.startswith("module.") else prefix
+    assert f"Names in wrapped.pt are read without '{short.replace('_orig_mod.', '')}'." in err
+    new = torch.load("new.pt", weights_only=True)
+    assert list(new["state_dict"]) == list(state)
+    run(capsys, "plain.pt", "--out", "plain_new.pt")
+    plain = torch.load("plain_new.pt", weights_only=True)
+    assert all(torch.equal(new["state_dict"][prefix + key], value) for key, value in plain.items())
+
+
+def test_without_a_prefix_nothing_is_said(folder, capsys):
+    _, _, err = run(capsys, "plain.pt", "--dry-run")
+    assert "are read without" not in err
+
+
+def test_a_file_with_two_models_needs_a_choice(folder, capsys):
+    torch.manual_seed(1)
+    state = {
+        f"{who}.{k}": v for who in ("student", "teacher") for k, v in net().state_dict().items()
+    }
+    torch.save(state, "two.pt")
+    code, _, err = run(capsys, "two.pt", "--dry-run")
+    assert code == 2
+    assert (
+        "two.pt holds the model several times; choose by --prefix student. or --prefix teac" in err
+    )
+    code, _, err = run(capsys, "two.pt", "--out", "new.pt", "--prefix", "teacher.")
+    assert code == 0
+    assert "are read without 'teacher.'; 12 other entries stay as they are." in err
+    new = torch.load("new.pt", weights_only=True)
+    assert not torch.equal(new["teacher.1.running_mean"], state["teacher.1.running_mean"])
+    assert torch.equal(new["student.1.running_mean"], state["student.1.running_mean"])
+    code, _, err = run(capsys, "two.pt", "--dry-run", "--prefix", "nobody.")
+    assert code == 2
+    assert "two.pt holds no name that begins with 'nobody.'." in err
+
+
+@pytest.mark.parametrize(
+    ("counter", "sentence"),
+    [
+        (
+            torch.Tensor([]),
+            "1.num_batches_tracked has the shape (0,), and a counter is one number.",
+        ),
+        (torch.ones(2), "1.num_batches_tracked has the shape (2,), and a counter is one number."),
+        (torch.tensor(torch.nan), "1.num_batches_tracked is nan, and a counter is a whole number"),
+    ],
+)
+def test_a_counter_that_is_no_number_is_refused(folder, capsys, counter, sentence):
+    torch.save({**net().state_dict(), "1.num_batches_tracked": counter}, "odd.pt")
+    code, out, err = run(capsys, "odd.pt", "--out", "new.pt")
+    assert (code, out) == (2, "")
+    assert f"odd.pt: {sentence}" in err
+    assert not (folder / "new.pt").exists()
+
+
+@pytest.mark.parametrize("counter", [torch.tensor([3]), torch.tensor(3.0), torch.Tensor([3])])
+def test_a_counter_of_another_kind_is_a_number(folder, capsys, counter):
+    torch.save({**net().state_dict(), "1.num_batches_tracked": counter}, "odd.pt")
+    assert run(capsys, "odd.pt", "--out", "new.pt")[0] == 0
+    new = torch.load("new.pt", weights_only=True)
+    net().load_state_dict(new)
+    assert new["1.num_batches_tracked"].item() == 5
+
+
+LIKE = """
+from torch import nn
+from batchnorm import scratch
+from look_alikes import D2l
+
+def scratch_net():
+    return nn.Sequential(nn.Linear(3, 4), scratch.BatchNorm(4, num_dims=2))
+
+def d2l_net():
+    return nn.Sequential(nn.Linear(3, 4), D2l(4, num_dims=2))
+"""
+
+
+@pytest.fixture
+def like(folder):
+    (folder / "like.py").write_text(LIKE)
+    yield
+    sys.modules.pop("like", None)
+
+
+@pytest.mark.usefixtures("like")
+def test_a_layer_from_scratch(folder, capsys):
+    model = nn.Sequential(nn.Linear(3, 4), scratch.BatchNorm(4, num_dims=2))
+    torch.save(model.state_dict(), "scratch.pt")
+    code, out, err = run(capsys, "scratch.pt", "--out", "new.pt", model="like:scratch_net")
+    assert code == 0, err
+    assert "Recalibrated 1 layer" in out
+    new = torch.load("new.pt", weights_only=True)
+    y = model[0](INPUTS_OF_MINE).detach()
+    torch.testing.assert_close(new["1.moving_mean"], y.mean(0, keepdim=True))
+    torch.testing.assert_close(new["1.moving_var"], y.var(0, unbiased=False, keepdim=True))
+
+
+@pytest.mark.usefixtures("like")
+def test_a_layer_whose_statistics_are_in_no_checkpoint(folder, capsys):
+    model = nn.Sequential(nn.Linear(3, 4), D2l(4, num_dims=2))
+    torch.save(model.state_dict(), "d2l.pt")
+    for option in (["--out", "new.pt"], ["--dry-run"]):
+        code, out, err = run(capsys, "d2l.pt", *option, model="like:d2l_net")
+        assert (code, out) == (2, "")
+        said = "layer '1' (D2l) keeps moving_mean as an ordinary attribute, which is not in a check"
+        assert said in err
+    assert not (folder / "new.pt").exists()

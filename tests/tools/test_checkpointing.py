@@ -563,3 +563,45 @@ def test_wrong_arguments():
         TypeError, match=r"count_recomputation_once: model must be a torch\.nn\.Module, got NoneT"
     ):
         count_recomputation_once(None)
+
+
+# Compiled code.
+
+compiling = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@compiling
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by dynamo
+@pytest.mark.untyped
+@pytest.mark.parametrize("kind", ["torch 1d", "ours"])
+def test_counting_once_in_compiled_code_breaks_graphs_and_says_so(kind):
+    torch.compiler.reset()
+    model, (batch, *_) = built(kind)
+    counted = model[1].num_batches_tracked.item()
+    with count_recomputation_once(model):
+        compiled = torch.compile(model, backend="aot_eager")
+        torchs.checkpoint(compiled, batch, use_reentrant=False).sum().backward()
+        assert model[1].num_batches_tracked == counted + 1
+        torch.compiler.reset()
+        whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+        message = "count_recomputation_once needs a graph break at each layer, because it is known"
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+            whole(batch)
+    whole(batch)
+    assert model[1].num_batches_tracked == counted + 2
+
+
+@compiling
+@pytest.mark.untyped
+@pytest.mark.parametrize("kind", ["torch 1d", "ours"])
+def test_torchs_checkpoint_inside_compiled_code_counts_once_by_itself(kind):
+    torch.compiler.reset()
+    model, (batch, *_) = built(kind)
+    counted = model[1].num_batches_tracked.item()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x):
+        return torchs.checkpoint(model, x, use_reentrant=False)
+
+    step(batch).sum().backward()
+    assert model[1].num_batches_tracked == counted + 1

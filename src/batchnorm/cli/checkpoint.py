@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.files import whole_file
+from batchnorm.tools.patching import COUNTER, by_unwrapped_name, count_in, statistics_of
 
-TORCH = (".pt", ".pth")
+TORCH = (".pt", ".pth", ".ckpt")
 SAFETENSORS = ".safetensors"
 _PLACES = ("state_dict", "model")
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class CheckpointError(ValueError):
@@ -34,12 +34,37 @@ class Checkpoint:
         content: Everything in it.
         state: The ``state_dict``, the same object as in ``content``.
         metadata: Metadata of a safetensors file.
+        prefix: Begins the names of the model's tensors in the file, after the parts that wrappers
+            add (``module.``, ``_orig_mod.``) are removed; None looks for it. Lightning writes
+            ``model.`` or the name of another attribute.
     """
 
     path: Path
     content: Any
     state: dict[str, Any]
     metadata: dict[str, str] | None
+    prefix: str | None = None
+
+    def with_prefix(self, prefix: str | None, model: nn.Module) -> Checkpoint:
+        """Sets the prefix, or finds the one under which the file holds the model.
+
+        Raises:
+            CheckpointError: No name begins with ``prefix``, or there are several to choose from.
+        """
+        keys = by_unwrapped_name(self.state)
+        if prefix is not None:
+            if not any(key.startswith(prefix) for key in keys):
+                raise CheckpointError(f"{self.path} holds no name that begins with {prefix!r}.")
+            return replace(self, prefix=prefix)
+        names = [n for n in by_unwrapped_name(model.state_dict()) if not _is_counter(n)]
+        found = [""]
+        if names and not all(name in keys for name in names):
+            starts = [key.removesuffix(names[0]) for key in keys if key.endswith(f".{names[0]}")]
+            found = [start for start in starts if all(start + name in keys for name in names)]
+        if len(found) > 1:
+            choice = " or ".join(f"--prefix {start}" for start in found)
+            raise CheckpointError(f"{self.path} holds the model several times; choose by {choice}.")
+        return replace(self, prefix=found[0] if found else "")
 
     def load_into(self, model: nn.Module) -> None:
         """Loads the checkpoint into the model; counters may be missing, as in old files.
@@ -47,11 +72,12 @@ class Checkpoint:
         Raises:
             CheckpointError: The checkpoint does not fit the model.
         """
-        names = self._names_in(model)
+        state = {
+            name: self._counter(key) if _is_counter(key) else self.state[key]
+            for key, name in self.names_in(model).items()
+        }
         try:
-            missing, unexpected = model.load_state_dict(
-                {names[key]: value for key, value in self.state.items()}, strict=False
-            )
+            missing, unexpected = model.load_state_dict(state, strict=False)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise CheckpointError(f"{self.path} does not fit the model: {reason}.") from error
@@ -62,6 +88,21 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path} does not fit the model: it {what} {keys[0]}{more}; "
                     "name the factory of this very model."
+                )
+
+    def check_statistics(self, model: nn.Module, layers: Iterable[str]) -> None:
+        """Checks that the file has a place for the statistics of the layers.
+
+        Raises:
+            CheckpointError: A layer keeps them outside of ``state_dict``, as in the d2l book.
+        """
+        for name in layers:
+            layer = model.get_submodule(name)
+            missing = [key for key in statistics_of(layer) if key not in layer._buffers]
+            if missing:
+                raise CheckpointError(
+                    f"layer {name!r} ({type(layer).__name__}) keeps {missing[0]} as an ordinary "
+                    "attribute, which is not in a checkpoint; make it a buffer by register_buffer."
                 )
 
     def take_statistics(self, model: nn.Module, layers: Iterable[str]) -> None:
@@ -76,9 +117,9 @@ class Checkpoint:
         """
         new = {id(tensor) for name in layers for tensor in model.get_submodule(name).buffers()}
         current = model.state_dict(keep_vars=True)
-        names = self._names_in(model)
+        names = self.names_in(model)
         for key, old in self.state.items():
-            tensor = current.get(names[key])
+            tensor = current.get(names.get(key, ""))
             if id(tensor) in new and tensor is not None:
                 value = tensor.detach().to(old.dtype, copy=True)
                 if not value.isfinite().all():
@@ -87,10 +128,20 @@ class Checkpoint:
                     )
                 self.state[key] = value
 
-    def _names_in(self, model: nn.Module) -> dict[str, str]:
-        """Returns the model's name of each key; only one of the two may be wrapped."""
-        ours, theirs = _prefix(self.state), _prefix(model.state_dict())
-        return {key: theirs + key.removeprefix(ours) for key in self.state}
+    def names_in(self, model: nn.Module) -> dict[str, str]:
+        """Returns the model's name of each key that begins with the prefix."""
+        theirs, prefix = by_unwrapped_name(model.state_dict()), self.prefix or ""
+        return {
+            key: theirs.get(name.removeprefix(prefix), name)
+            for name, key in by_unwrapped_name(self.state).items()
+            if name.startswith(prefix)
+        }
+
+    def _counter(self, key: str) -> Tensor:
+        try:
+            return torch.tensor(count_in(self.state[key]))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {key} {error}.") from None
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all, in the format in which it was read.
@@ -178,17 +229,5 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
     return isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
 
 
-def _prefix(state: Mapping[str, Any]) -> str:
-    """Returns the prefix that wrappers put before every key: ``module.``, ``_orig_mod.``, or both.
-
-    A model may have a child of that name. This does no harm, because it is removed on both sides.
-    """
-    prefix = ""
-    while state:
-        for wrapper in _WRAPPERS:
-            if all(key.startswith(prefix + wrapper) for key in state):
-                prefix += wrapper
-                break
-        else:
-            break
-    return prefix
+def _is_counter(key: str) -> bool:
+    return key.rpartition(".")[2] == COUNTER

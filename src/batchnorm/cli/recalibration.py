@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,6 @@ from batchnorm.cli.options import INTERRUPTED, Json, Threads, one_sentence, prin
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.nn.modules.batchnorm import _BatchNorm
 
     from batchnorm.tools.recalibration import Recalibration
 
@@ -25,7 +25,7 @@ FILES = (".pt", ".pth", ".safetensors", ".npy")
 
 def recalibrate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A .pt, .pth or .safetensors file with a state_dict.")
+        Path, typer.Argument(help="A .pt, .pth, .ckpt or .safetensors file with a state_dict.")
     ],
     model: Annotated[str, typer.Option(help="module:function that returns the model.")],
     data: Annotated[
@@ -57,6 +57,10 @@ def recalibrate(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Layer by layer: exact, with a pass for each.")
     ] = False,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Prefix of the model's names in the file, such as model.; else found."),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +81,12 @@ def recalibrate(
         stored = checkpoints.read(checkpoint)
     network = _network(model)
     with one_sentence():
+        stored = stored.with_prefix(prefix, network)
         stored.load_into(network)
+    if stored.prefix:
+        others = len(stored.state) - len(stored.names_in(network))
+        rest = f"; {others} other entries stay as they are" if others else ""
+        say(f"Names in {checkpoint} are read without {stored.prefix!r}{rest}.")
     batches = _batches(data, batch_size, network)
     passes = _passes(network, layers or None) if sequential else 1
     with _progress(batches, max_samples, passes) as progress:
@@ -90,6 +99,8 @@ def recalibrate(
             sequential=sequential,
             progress=progress,
         )
+    with one_sentence():
+        stored.check_statistics(network, [change.name for change in result.layers])
     target = None if dry_run else out
     if target is not None:
         with one_sentence():
@@ -115,7 +126,7 @@ def _check_files(checkpoint: Path, out: Path | None, *, force: bool) -> None:
 
 
 def _format(path: Path) -> str:
-    return ".pt" if path.suffix == ".pth" else path.suffix
+    return ".pt" if path.suffix in (".pth", ".ckpt") else path.suffix
 
 
 def _network(spec: str) -> nn.Module:
@@ -123,9 +134,9 @@ def _network(spec: str) -> nn.Module:
 
     from batchnorm.cli import user_code
     from batchnorm.tools.freezing import freeze
-    from batchnorm.tools.patching import has_frozen_mark, has_running_statistics
+    from batchnorm.tools.patching import has_frozen_mark, has_running_statistics, is_batch_norm
 
-    def is_in_evaluation(_: str, layer: _BatchNorm) -> bool:
+    def is_in_evaluation(_: str, layer: nn.Module) -> bool:
         return not layer.training and has_running_statistics(layer) and not has_frozen_mark(layer)
 
     network = user_code.returned("--model", spec)
@@ -133,7 +144,8 @@ def _network(spec: str) -> nn.Module:
         raise TyperException(
             f"--model {spec} must return a torch.nn.Module, got a {type(network).__name__}"
         )
-    if network.training:
+    frozen = [m for m in network.modules() if is_batch_norm(m) and is_in_evaluation("", m)]
+    if network.training and frozen:
         with one_sentence():
             freeze(network, is_in_evaluation, affine=False)  # Survives the eval() of everything.
     return network.eval()
@@ -207,7 +219,8 @@ def _call(network: nn.Module, batches: Iterable[Any], options: dict[str, Any]) -
     from batchnorm.cli import user_code
     from batchnorm.tools.recalibration import recalibrate
 
-    with user_code.blamed("recalibrating failed with"):
+    with user_code.blamed("recalibrating failed with"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "recalibrate: ")  # The result says the same.
         try:
             return recalibrate(network, batches, **options)
         except (TypeError, ValueError) as error:
@@ -255,7 +268,7 @@ def _passes(network: nn.Module, layers: list[str] | None) -> int:
     """Returns the largest number of passes that `recalibrate` makes with sequential=True."""
     from batchnorm.tools.patching import batch_norms, has_frozen_mark, has_running_statistics
 
-    with one_sentence():
+    with one_sentence(), warnings.catch_warnings(action="ignore"):  # The tool itself will warn.
         chosen = batch_norms(network, layers, caller="recalibrate").values()
     return 1 + sum(has_running_statistics(layer) and not has_frozen_mark(layer) for layer in chosen)
 

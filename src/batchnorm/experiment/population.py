@@ -22,8 +22,8 @@ from batchnorm.tools.recalibration import recalibrate
 def use_population(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replaces running statistics by population statistics, as `recalibrate` does.
 
-    Layers of `batchnorm.scratch` are none of torch's, so `recalibrate` does not know them. They
-    keep the biased variance.
+    Layers of `batchnorm.scratch` keep the biased variance, and normalize as in training while
+    their statistics are collected. A model without batch norm stays as it is.
 
     Args:
         model: Any model whose layers are of `batchnorm` and ``torch.nn``, or all of
@@ -32,7 +32,8 @@ def use_population(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     scratch = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
     if not scratch:
-        recalibrate(model, batches)
+        if norm_layers.modules(model):
+            recalibrate(model, batches)
         return
     moments: dict[str, Moments] = {}
 

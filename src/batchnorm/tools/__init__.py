@@ -10,7 +10,7 @@ How a tool ends depends on what it does:
 - The others change values once, for good: `recalibrate`, `reset_poisoned_statistics`,
   `ema_update`. `merge_state_dicts` returns new ones.
 
-After any error a model is what it was, bit for bit. No tool imports another; what they share is in
-`patching` (the kit), `flow` (following data through a model) and `wording`. Training loops are the
-user's.
+A layer that a converter rebuilds inherits what is attached to it. After any error a model is what
+it was, bit for bit. No tool imports another; what they share is in `patching` (the kit), `flow`
+(following data through a model) and `wording`. Training loops are the user's.
 """

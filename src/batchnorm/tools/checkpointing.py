@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.utils.checkpoint
 from torch import nn
 
 from batchnorm.tools.patching import (
     Handle,
+    InheritedMethod,
     LayerSelection,
-    ReplacedMethod,
     batch_norms,
-    install,
+    install_inherited,
     is_recomputing,
     updates_suppressed,
     work_on_copies,
 )
+from batchnorm.torch_internals import is_exporting
 
 
 def checkpoint(
@@ -75,7 +77,12 @@ def count_recomputation_once(model: nn.Module, layers: LayerSelection = None) ->
     copy of the model keeps doing so. A layer that is called during a backward pass counts as
     recomputed; updates of that layer by another thread during the call are lost. Costs nothing
     measurable, but an accelerated block calls its layers one by one. Not for ``DataParallel``,
-    which copies the layers at each call.
+    which copies the layers at each call. A layer that is rebuilt (``convert_sync_batchnorm``) goes
+    on counting once.
+
+    Compiled code has a graph break at each layer, because it is known only at run time if a
+    backward pass runs; ``torch.compile(fullgraph=True)`` raises torch's error for it. There, call
+    ``torch.utils.checkpoint`` inside the compiled function, which counts a batch once by itself.
 
     Args:
         model: Any module.
@@ -87,6 +94,9 @@ def count_recomputation_once(model: nn.Module, layers: LayerSelection = None) ->
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
+
+    Warns:
+        RuntimeWarning: There is no batch norm layer.
 
     Example:
         >>> import torch
@@ -100,17 +110,30 @@ def count_recomputation_once(model: nn.Module, layers: LayerSelection = None) ->
         1
     """
     chosen = batch_norms(model, layers, caller="count_recomputation_once")
-    return install(_CountOnce(layer) for layer in chosen.values())
+    return install_inherited(_CountOnce(layer) for layer in chosen.values())
 
 
-class _CountOnce(ReplacedMethod):
+class _CountOnce(InheritedMethod):
     """Works on copies during a backward pass, which is where recomputations run."""
 
+    tool = "count_recomputation_once"
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_recomputing():
+        if is_exporting():
+            return self.original(*args, **kwargs)
+        is_rerun = _asked_at_run_time() if torch.compiler.is_compiling() else is_recomputing()
+        if not is_rerun:
             return self.original(*args, **kwargs)
         with work_on_copies([self.module]):
             return self.original(*args, **kwargs)
+
+
+@torch.compiler.disable(
+    reason="count_recomputation_once needs a graph break at each layer, because it is known only "
+    "at run time if a backward pass runs; compile without fullgraph=True."
+)
+def _asked_at_run_time() -> bool:
+    return is_recomputing()
 
 
 class _Rerun:

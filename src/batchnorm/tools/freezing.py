@@ -8,44 +8,54 @@ it; `unfreeze` undoes it, also on a copy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.tools.patching import (
     FROZEN_MARK,
+    InheritedMethod,
     LayerSelection,
-    ReplacedMethod,
     batch_norms,
     has_frozen_mark,
     has_running_statistics,
     is_frozen,
+    pass_over,
+    probe,
+    unlike,
 )
-from batchnorm.tools.wording import counted
+from batchnorm.tools.wording import Printed, counted, passed_over
 
 __all__ = ["Freezing", "Unfreezing", "freeze", "is_frozen", "unfreeze"]
 
 
-@dataclass(frozen=True)
-class Freezing:
+@dataclass(frozen=True, repr=False)
+class Freezing(Printed):
     """The layers that `freeze` froze; ``str()`` of it is a sentence.
 
     Attributes:
         layers: Dotted names of the layers.
         affine: True if their weight and bias are frozen too.
+        left: Layers that look like batch norm and cannot be frozen: the reason by name.
     """
 
     layers: tuple[str, ...]
     affine: bool
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         what = "statistics, weight and bias" if self.affine else "statistics only"
-        return f"Froze {counted(len(self.layers), 'batch norm layer')}: {what}."
+        froze = f"Froze {counted(len(self.layers), 'batch norm layer')}: {what}."
+        if not self.layers:
+            froze = "Nothing was frozen: there is no batch norm layer that can be."
+        return "\n".join([froze, *passed_over(self.left)])
 
 
-@dataclass(frozen=True)
-class Unfreezing:
+@dataclass(frozen=True, repr=False)
+class Unfreezing(Printed):
     """The layers that `unfreeze` released; ``str()`` of it is a sentence.
 
     Attributes:
@@ -70,6 +80,10 @@ def freeze(model: nn.Module, layers: LayerSelection = None, *, affine: bool = Tr
     Freezing again changes nothing but ``affine``. With ``affine=True`` freeze before wrapping in
     ``DistributedDataParallel``, which looks only once for the parameters that get gradients.
 
+    A layer that is rebuilt stays frozen, as by ``nn.SyncBatchNorm.convert_sync_batchnorm``, also
+    where a framework converts. Layers that only look like batch norm are frozen if their ``eval()``
+    normalizes by the running statistics, which a copy of the layer is tried for.
+
     Args:
         model: Any module.
         layers: The layers to freeze; None for all.
@@ -86,6 +100,9 @@ def freeze(model: nn.Module, layers: LayerSelection = None, *, affine: bool = Tr
         RuntimeError: Foreign code replaced the ``train`` of a frozen layer. After every error the
             model is as it was.
 
+    Warns:
+        RuntimeWarning: No layer was found, or one that looks like batch norm is passed over.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -99,7 +116,10 @@ def freeze(model: nn.Module, layers: LayerSelection = None, *, affine: bool = Tr
         >>> print(unfreeze(model))
         Unfroze 1 batch norm layer.
     """
-    chosen = batch_norms(model, layers, caller="freeze")
+    found = batch_norms(model, layers, caller="freeze")
+    left = _not_freezable(found)
+    pass_over(model, left, layers, caller="freeze")
+    chosen = {name: layer for name, layer in found.items() if name not in left}
     for name, layer in chosen.items():
         if not has_running_statistics(layer):
             raise ValueError(
@@ -113,13 +133,12 @@ def freeze(model: nn.Module, layers: LayerSelection = None, *, affine: bool = Tr
         if train is None:
             train = _FrozenTrain(layer)
             train.install()
-            setattr(layer, FROZEN_MARK, True)
         layer.training = False
         if affine:
             train.freeze_parameters()
         else:
             train.unfreeze_parameters()
-    return Freezing(tuple(chosen), affine)
+    return Freezing(tuple(chosen), affine, {**left, **unlike(model, layers)})
 
 
 def unfreeze(model: nn.Module, layers: LayerSelection = None) -> Unfreezing:
@@ -155,7 +174,7 @@ def unfreeze(model: nn.Module, layers: LayerSelection = None) -> Unfreezing:
     return Unfreezing(tuple(frozen))
 
 
-class _FrozenTrain(ReplacedMethod):
+class _FrozenTrain(InheritedMethod):
     """The ``train`` of a frozen layer. It knows what the layer was before.
 
     Args:
@@ -167,8 +186,9 @@ class _FrozenTrain(ReplacedMethod):
     """
 
     method = "train"
+    tool = "freeze"
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
         self.training = layer.training
         self.requires_grad: dict[str, bool] = {}
@@ -179,6 +199,26 @@ class _FrozenTrain(ReplacedMethod):
         self.training, self.module.training = mode, False
         return self.module
 
+    def install(self) -> None:
+        """Replaces ``train`` and marks the layer as frozen."""
+        super().install()
+        setattr(self.module, FROZEN_MARK, True)
+
+    def give_to(self, layer: nn.Module) -> None:
+        """Freezes a layer that was rebuilt from this one; each can then be unfrozen alone."""
+        train = _FrozenTrain(layer)
+        train.training = self.training
+        train.requires_grad = dict(self.requires_grad)
+        train.install()
+        layer.training = False
+        if self.requires_grad:
+            train.freeze_parameters()
+
+    def complete(self, heir: Any) -> None:
+        """Freezes parameters that the converter made after it had shared the statistics."""
+        if self.requires_grad:
+            heir.freeze_parameters()
+
     def unfreeze(self, layer: nn.Module) -> None:
         """Gives ``layer``, which may be a shallow copy of the frozen one, its mode again."""
         self.uninstall(layer)
@@ -188,19 +228,40 @@ class _FrozenTrain(ReplacedMethod):
 
     def freeze_parameters(self) -> None:
         """Stops gradients of weight and bias."""
-        for name, parameter in self.module.named_parameters(recurse=False):
+        for name, parameter in _parameters(self.module):
             self.requires_grad.setdefault(name, parameter.requires_grad)
             parameter.requires_grad_(False)
             parameter.grad = None
 
     def unfreeze_parameters(self) -> None:
         """Gives weight and bias the flags from before."""
-        for name, parameter in self.module.named_parameters(recurse=False):
-            if self.requires_grad.pop(name, False):
+        for name, parameter in _parameters(self.module):
+            if self.requires_grad.get(name, False):
                 parameter.requires_grad_()
+        self.requires_grad.clear()
 
 
-def _frozen(layers: dict[str, _BatchNorm], caller: str) -> dict[str, _FrozenTrain]:
+def _parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the layer's own parameters; of parametrized ones the originals, by their name."""
+    yield from layer.named_parameters(recurse=False)
+    for name, module in (
+        layer._modules.get("parametrizations") or nn.ModuleDict()
+    ).named_children():
+        for parameter in module.parameters():
+            yield name, parameter
+
+
+def _not_freezable(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Tries the layers that are not of torch's class: the reason by name where ``eval()`` fails."""
+    tried = {
+        name: probe(layer).evaluates
+        for name, layer in layers.items()
+        if not isinstance(layer, _BatchNorm) and not has_frozen_mark(layer)
+    }
+    return {name: reason for name, reason in tried.items() if reason is not None}
+
+
+def _frozen(layers: dict[str, nn.Module], caller: str) -> dict[str, _FrozenTrain]:
     """Finds the replaced methods of those layers that are frozen.
 
     Raises:

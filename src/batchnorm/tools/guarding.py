@@ -16,31 +16,39 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.tools.patching import (
+    COUNTER,
+    STATISTICS,
     Handle,
+    InheritedMethod,
     LayerSelection,
-    ReplacedMethod,
     SavedBuffers,
+    are_real,
     batch_norms,
     has_running_statistics,
-    install,
+    install_inherited,
     is_repeated,
+    moves_statistics,
+    statistics_of,
+    warn,
 )
-from batchnorm.tools.wording import counted, displayed
+from batchnorm.tools.wording import Printed, counted, displayed
+from batchnorm.torch_internals import is_real
 
-_STATISTICS = ("running_mean", "running_var")
-_INITIAL = {"running_mean": 0.0, "running_var": 1.0}
+_INITIAL = {name: float(initial) for names in STATISTICS for initial, name in enumerate(names)}
+"""Mean 0 and variance 1, by any name."""
+_RESET = "reset_poisoned_statistics"
 
 
-class Guard(Handle):
+class Guard(Printed, Handle):
     """Layers that `guard` guards until `remove`; ``str()`` of it lists the skipped batches.
 
     Args:
         layers: The layers by name.
     """
 
-    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self._guarded = {name: _Guarded(layer) for name, layer in layers.items()}
-        super().__init__(install(self._guarded.values()).remove)
+        super().__init__(install_inherited(self._guarded.values()).remove)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -48,10 +56,15 @@ class Guard(Handle):
 
         Synchronizes with the device.
         """
-        counts = {name: int(guarded.skipped) for name, guarded in self._guarded.items()}
+        counts = {
+            name: sum(int(each.skipped) for each in guarded.with_heirs())
+            for name, guarded in self._guarded.items()
+        }
         return {name: count for name, count in counts.items() if count}
 
     def __str__(self) -> str:
+        if not self._guarded:
+            return "Nothing is guarded: there is no batch norm layer with running statistics."
         layers = counted(len(self._guarded), "batch norm layer")
         skipped = self.skipped
         if not skipped:
@@ -80,8 +93,8 @@ class PoisonedLayer:
     poisoned: int
 
 
-@dataclass(frozen=True)
-class StatisticsReset:
+@dataclass(frozen=True, repr=False)
+class StatisticsReset(Printed):
     """The poison that `reset_poisoned_statistics` found; ``str()`` of it is a table.
 
     Attributes:
@@ -96,6 +109,8 @@ class StatisticsReset:
 
     def __str__(self) -> str:
         checked = counted(self.checked, "layer")
+        if not self.checked:
+            return "Checked nothing: there are no running statistics."
         if not self.layers:
             return f"Checked the running statistics of {checked}: none is poisoned."
         lines = [f"Poisoned: {len(self.layers)} of {checked} with running statistics.", ""]
@@ -135,7 +150,8 @@ def guard(model: nn.Module, layers: LayerSelection = None) -> Guard:
     decides and counts by itself. An accelerated block calls its layers one by one. Copies of the
     model stay guarded, with counts of their own. Threads may call different layers; two that call
     one layer at once may lose each other's update. Not for ``DataParallel``, which copies the
-    layers at each call.
+    layers at each call. A layer that is rebuilt (``convert_sync_batchnorm``) stays guarded, and
+    layers that look like batch norm are guarded, too. Exports and fake tensors pass unguarded.
 
     Args:
         model: Any module.
@@ -147,6 +163,9 @@ def guard(model: nn.Module, layers: LayerSelection = None) -> Guard:
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A layer is poisoned already; or a name fits no layer, or a layer is lazy.
+
+    Warns:
+        RuntimeWarning: There is no layer to guard.
 
     Example:
         >>> import torch
@@ -160,20 +179,26 @@ def guard(model: nn.Module, layers: LayerSelection = None) -> Guard:
         >>> bool(model[1].running_mean.isfinite().all())
         True
     """
-    chosen = {
-        name: layer
-        for name, layer in batch_norms(model, layers, caller="guard").items()
-        if has_running_statistics(layer)
-    }
-    for name, layer in chosen.items():
-        found = _described(name, _poisoned_channels(_statistics_of(layer)))
+    found = batch_norms(model, layers, caller="guard")
+    chosen = {name: layer for name, layer in found.items() if has_running_statistics(layer)}
+    if found and not chosen:
+        warn("guard: nothing is guarded, no batch norm layer keeps running statistics.")
+    _check_healthy(chosen)
+    return Guard(chosen)
+
+
+def _check_healthy(layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        statistics = statistics_of(layer)
+        if not all(map(is_real, statistics.values())):  # On the meta device there are no values.
+            continue
+        found = _described(name, _poisoned_channels(statistics))
         if found is not None:
             raise ValueError(
                 f"guard: layer {name!r} ({type(layer).__name__}) is poisoned already, in "
                 f"{found.poisoned} of {found.channels} channels; call "
                 "reset_poisoned_statistics(model) first and recalibrate."
             )
-    return Guard(chosen)
 
 
 def reset_poisoned_statistics(
@@ -187,8 +212,8 @@ def reset_poisoned_statistics(
 
     Args:
         model_or_state_dict: A module; or a mapping of names to tensors, in which every
-            ``*.running_mean`` and ``*.running_var`` is checked. The tensors of the mapping
-            are changed, also where a model shares them.
+            ``*.running_mean`` and ``*.running_var``, or ``*.moving_mean`` and ``*.moving_var``, is
+            checked. The tensors of the mapping are changed, also where a model shares them.
         dry_run: Finds them, and changes nothing.
 
     Returns:
@@ -197,7 +222,10 @@ def reset_poisoned_statistics(
     Raises:
         TypeError: The argument is neither.
         ValueError: A mapping without running statistics that holds other mappings, so it is a
-            checkpoint around a ``state_dict``; or a layer is lazy.
+            checkpoint around a ``state_dict``; or a layer is lazy, or on the meta device.
+
+    Warns:
+        RuntimeWarning: There are no running statistics, so nothing was checked.
 
     Example:
         >>> import torch
@@ -213,6 +241,8 @@ def reset_poisoned_statistics(
     """
     found, layers = [], _statistics(model_or_state_dict)
     for name, statistics in layers.items():
+        _check_values(name, statistics)
+    for name, statistics in layers.items():
         bad = _poisoned_channels(statistics)
         poisoned = _described(name, bad)
         if poisoned is None:
@@ -223,21 +253,22 @@ def reset_poisoned_statistics(
     return StatisticsReset(tuple(found), len(layers), dry_run)
 
 
-class _Guarded(ReplacedMethod):
+class _Guarded(InheritedMethod):
     """Restores, on the device, the statistics that a bad batch has moved."""
 
-    module: _BatchNorm
+    tool = "guard"
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        device = next(layer.buffers(recurse=False)).device
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        tensors = (*statistics_of(layer).values(), *layer.buffers(), *layer.parameters())
+        devices = [tensor.device for tensor in tensors if not tensor.is_meta]
+        self.skipped = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else "cpu")
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.module
-        if not (layer.training and layer.track_running_stats and has_running_statistics(layer)):
+        if not (moves_statistics(layer) and are_real(args, kwargs)):
             return self.original(*args, **kwargs)
-        before = SavedBuffers([layer], (*_STATISTICS, "num_batches_tracked"))
+        before = SavedBuffers([layer], _restored(layer))
         was_finite = _finite_channels(layer)
         try:
             output = self.original(*args, **kwargs)
@@ -257,26 +288,33 @@ class _Guarded(ReplacedMethod):
         self.skipped += bad
 
 
-def _finite_channels(layer: _BatchNorm) -> Tensor:
-    return torch.stack([tensor.detach().isfinite() for tensor in _statistics_of(layer).values()])
+def _restored(layer: nn.Module) -> tuple[str, ...] | None:
+    """Names of the buffers to restore; None for all, of a layer that may count by another name."""
+    return (*STATISTICS[0], COUNTER) if isinstance(layer, _BatchNorm) else None
+
+
+def _finite_channels(layer: nn.Module) -> Tensor:
+    return torch.stack([tensor.detach().isfinite() for tensor in statistics_of(layer).values()])
 
 
 def _statistics(source: nn.Module | Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Finds ``running_mean`` and ``running_var``, where present, by the name of the layer."""
+    """Finds running means and variances, where present, by the name of the layer."""
     if isinstance(source, nn.Module):
-        layers = batch_norms(source, caller="reset_poisoned_statistics")
-        return {
-            n: _statistics_of(layer) for n, layer in layers.items() if has_running_statistics(layer)
-        }
+        layers = batch_norms(source, caller=_RESET)
+        statistics = {name: statistics_of(layer) for name, layer in layers.items()}
+        found = {name: tensors for name, tensors in statistics.items() if tensors}
+        if layers and not found:
+            warn(f"{_RESET}: nothing is checked, no batch norm layer keeps running statistics.")
+        return found
     if not isinstance(source, Mapping):
         raise TypeError(
             "reset_poisoned_statistics: expects a torch.nn.Module or a state_dict, got "
             f"{type(source).__name__}; load a file by torch.load(path, weights_only=True)."
         )
-    found: dict[str, dict[str, Tensor]] = {}
+    found = {}
     for key, value in source.items():
         layer, _, name = str(key).rpartition(".")
-        if name in _STATISTICS and isinstance(value, Tensor):
+        if name in _INITIAL and isinstance(value, Tensor):
             found.setdefault(layer, {})[name] = value
     inner = [repr(key) for key, value in source.items() if isinstance(value, Mapping)]
     if inner and not found:
@@ -285,18 +323,26 @@ def _statistics(source: nn.Module | Mapping[str, Any]) -> dict[str, dict[str, Te
             "the mappings "
             f"{', '.join(inner)}; pass the state_dict among them."
         )
+    if not found:
+        warn(f"{_RESET}: nothing is checked, the mapping has no running statistics.")
     return found
 
 
-def _statistics_of(layer: _BatchNorm) -> dict[str, Tensor]:
-    return {name: getattr(layer, name) for name in _STATISTICS}
+def _check_values(layer: str, statistics: Mapping[str, Tensor]) -> None:
+    for name, tensor in statistics.items():
+        if not is_real(tensor):
+            raise ValueError(
+                f"{_RESET}: {name} of layer {layer!r} is on the meta device or fake and has no "
+                "values; load them first."
+            )
 
 
 def _poisoned_channels(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Marks the channels whose mean, and those whose variance, is impossible."""
     bad = {name: ~tensor.isfinite() for name, tensor in statistics.items()}
-    if "running_var" in bad:
-        bad["running_var"] |= statistics["running_var"] < 0
+    for name in bad:
+        if _INITIAL[name]:  # A variance.
+            bad[name] |= statistics[name] < 0
     return bad
 
 
@@ -305,7 +351,10 @@ def _described(layer: str, bad: Mapping[str, Tensor]) -> PoisonedLayer | None:
     either = torch.stack(list(bad.values())).any(0)
     if not either.any():
         return None
-    means, vars_ = (int(bad[name].sum()) if name in bad else 0 for name in _STATISTICS)
+    means, vars_ = (
+        sum(int(found.sum()) for name, found in bad.items() if _INITIAL[name] == initial)
+        for initial in (0.0, 1.0)
+    )
     return PoisonedLayer(layer, either.numel(), means, vars_, int(either.sum()))
 
 

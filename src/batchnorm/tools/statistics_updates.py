@@ -7,9 +7,10 @@ Both return a handle: they end with its ``with`` block, or with ``remove()``.
 
 from __future__ import annotations
 
+import copy
 import threading
 from contextlib import ExitStack
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,9 +20,13 @@ from batchnorm.tools.patching import (
     Handle,
     LayerSelection,
     StandInBuffers,
+    add_follower,
     batch_norms,
+    is_temporary,
+    remove_follower,
     temporary_attributes,
     without_buffer_broadcast,
+    work_on_copies,
 )
 
 
@@ -35,7 +40,9 @@ def no_stats_update(model: nn.Module, layers: LayerSelection = None) -> Handle:
     training step of another thread on the same model moves no statistics either.
 
     It sets ``track_running_stats``, which torch's layers and ours read; a subclass with a forward
-    of its own must read it, too. ``copy.deepcopy`` and pickle give a copy that updates as always;
+    of its own must read it, too. Layers that only look like batch norm work on copies of their
+    statistics, which are dropped. A layer that is rebuilt in between does not update either, and
+    does so again at the end. ``copy.deepcopy`` and pickle give a copy that updates as always;
     ``copy.copy`` of a layer shares its attributes, so set the flag of such a copy yourself.
     Where a part of the model is checkpointed, run the backward inside too: torch requires that the
     recomputation be like the forward. ``DistributedDataParallel`` sends no buffers to other ranks;
@@ -52,6 +59,9 @@ def no_stats_update(model: nn.Module, layers: LayerSelection = None) -> Handle:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: A name fits no layer, or a layer is lazy.
 
+    Warns:
+        RuntimeWarning: There is no batch norm layer.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -63,13 +73,46 @@ def no_stats_update(model: nn.Module, layers: LayerSelection = None) -> Handle:
         0
     """
     chosen = batch_norms(model, layers, caller="no_stats_update").values()
-    on = [layer for layer in chosen if layer.track_running_stats is not False]
-    off = [layer for layer in chosen if layer.track_running_stats is False]
     with ExitStack() as stack:
-        stack.enter_context(temporary_attributes(on, track_running_stats=FALSE_UNTIL_COPIED))
-        stack.enter_context(temporary_attributes(off, track_running_stats=False))
+        paused = _Paused()
+        stack.callback(paused.end)
+        for layer in chosen:
+            paused.pause(layer)
         stack.enter_context(without_buffer_broadcast(model))
         return Handle(stack.pop_all().close)
+
+
+class _Paused:
+    """Layers that do not update, and those that are rebuilt from them."""
+
+    tool = "no_stats_update"
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._layers: WeakSet[nn.Module] = WeakSet()
+
+    def pause(self, layer: nn.Module) -> None:
+        """Stops the updates of a layer until `end`."""
+        self._layers.add(layer)
+        if not isinstance(layer, _BatchNorm):
+            self._stack.enter_context(work_on_copies([layer]))
+            return
+        off = False if layer.track_running_stats is False else FALSE_UNTIL_COPIED
+        self._stack.enter_context(temporary_attributes([layer], track_running_stats=off))
+        add_follower([layer], self)
+
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """Stops a layer that was built with a flag that is off only for now."""
+        if new in self._layers:
+            return
+        if isinstance(new, _BatchNorm) and not is_temporary(new, "track_running_stats"):
+            new.track_running_stats = bool(copy.copy(old.track_running_stats))
+        self.pause(new)
+
+    def end(self) -> None:
+        """Lets the layers update again."""
+        remove_follower(self)
+        self._stack.close()
 
 
 def transaction(model: nn.Module, layers: LayerSelection = None) -> Transaction:
@@ -117,6 +160,9 @@ def transaction(model: nn.Module, layers: LayerSelection = None) -> Transaction:
         RuntimeError: A layer is in a transaction of another thread, whose statistics could not be
             told from this one's.
 
+    Warns:
+        RuntimeWarning: There is no batch norm layer.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -142,10 +188,13 @@ class Transaction(Handle):
         RuntimeError: A layer is in a transaction of another thread.
     """
 
-    def __init__(self, layers: dict[str, _BatchNorm]) -> None:
+    tool = "transaction"
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
         _claim(layers, self)
         try:
             self._stand_ins = StandInBuffers(layers.values())
+            add_follower(layers.values(), self)
         except BaseException:
             _release(layers)
             raise
@@ -191,11 +240,16 @@ class Transaction(Handle):
                     )
         super().remove()
 
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """Decides about a layer, too, that was rebuilt from one of these."""
+        self._stand_ins.follow(old, new)
+
     def _fail(self, error: BaseException) -> None:
         self._is_rolled_back = True
 
     def _end(self) -> None:
         self._is_over = True
+        remove_follower(self)
         self._stand_ins.end(commit=not self._is_rolled_back)
 
     def _check(self, action: str) -> None:
@@ -210,7 +264,7 @@ _claims: WeakKeyDictionary[nn.Module, list[tuple[int, Transaction]]] = WeakKeyDi
 _lock = threading.Lock()
 
 
-def _claim(layers: dict[str, _BatchNorm], owner: Transaction) -> None:
+def _claim(layers: dict[str, nn.Module], owner: Transaction) -> None:
     """Claims all layers for this thread, or none."""
     thread = threading.get_ident()
     with _lock:
@@ -225,7 +279,7 @@ def _claim(layers: dict[str, _BatchNorm], owner: Transaction) -> None:
             _claims.setdefault(layer, []).append((thread, owner))
 
 
-def _release(layers: dict[str, _BatchNorm]) -> None:
+def _release(layers: dict[str, nn.Module]) -> None:
     with _lock:
         for layer in layers.values():
             claims = _claims[layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Collection, Mapping
 
 WIDTH = 80
 """Columns of a table or a text, the width of a terminal that nobody has resized."""
@@ -20,9 +21,43 @@ def displayed(name: str) -> str:
     return name or "the model itself"
 
 
-def shortened(name: str, width: int) -> str:
-    """Cuts a long name to ``width`` characters, keeping the end, which differs most."""
-    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
+def shortened(names: Collection[str], width: int) -> dict[str, str]:
+    """Cuts long names to ``width`` characters so that they stay distinguishable.
+
+    The end stays, and as much of the beginning as tells them apart: ``layer1…ownsample.1``.
+
+    Returns:
+        The short names by name.
+    """
+    shown = {name: displayed(name) for name in names}
+    for start in range(width - 1):
+        cut = {name: _cut(text, start, width) for name, text in shown.items()}
+        if len(set(cut.values())) == len(cut):
+            return cut
+    ends = {name: f"#{number}" for number, name in enumerate(names, 1)}
+    return {
+        name: text if len(text) <= width else _cut(text, 0, width - len(ends[name])) + ends[name]
+        for name, text in shown.items()
+    }
+
+
+def _cut(name: str, start: int, width: int) -> str:
+    """Keeps ``start`` characters of the beginning and fills up with the end."""
+    if len(name) <= width:
+        return name
+    return name[:start] + "…" + name[len(name) - (width - start - 1) :]
+
+
+class Printed:
+    """Mixin: a prompt and a notebook show what ``print`` shows, for results that are a text."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def passed_over(left: Mapping[str, str]) -> list[str]:
+    """Lines that name the layers that a tool left alone, and why."""
+    return [wrapped(f"Left alone: {displayed(n)}: {why}.", "  ") for n, why in left.items()]
 
 
 def wrapped(line: str, indent: str = "") -> str:

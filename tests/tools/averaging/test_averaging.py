@@ -506,3 +506,31 @@ def test_an_error_halfway_replaces_no_method():
     with pytest.raises(RuntimeError, match="cannot be cast"):
         batchnorm.keep_statistics_in_float32(model)
     assert not any("_apply" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("halfway", [True, False])
+def test_an_error_halfway_casts_nothing(error, dtype, halfway):
+    class Failing(nn.BatchNorm1d):
+        def _apply(self, fn, recurse=True):
+            if halfway:
+                super()._apply(fn)
+            raise error("cannot be cast")
+
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False), Failing(2))
+    for layer in model:
+        for tensors in (layer._parameters, layer._buffers):
+            for tensor in tensors.values():
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+    model[0].weight.grad = gradient = torch.ones(2, dtype=dtype)
+    before = [(id(t), t.dtype, t.data_ptr()) for t in (*model.parameters(), *model.buffers())]
+    with pytest.raises(error, match="cannot be cast"):
+        keep_statistics_in_float32(model)
+    after = [(id(t), t.dtype, t.data_ptr()) for t in (*model.parameters(), *model.buffers())]
+    assert after == before
+    assert model[0].weight.grad is gradient
+    assert gradient.dtype == dtype
+    assert not any("_apply" in vars(module) for module in model.modules())
+    model[0](torch.ones(2, 2, dtype=dtype)).sum().backward()

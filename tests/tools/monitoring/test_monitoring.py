@@ -149,7 +149,7 @@ def test_layers_without_statistics_have_moments_and_nothing_to_compare_them_with
     assert [record[key] for key in unknown] == [None] * 6
     assert (record["channels"], record["dead"]) == (4, 0.0)
     json.dumps(watched.to_dict(), allow_nan=False)
-    last = str(watched).splitlines()[-1].split()
+    last = str(watched).splitlines()[2].split()
     assert last == ["the", "model", "itself", *"---", "0%", *"--"]
 
 
@@ -227,7 +227,7 @@ def test_statistics_that_are_not_finite_come_first():
     model[2](batch(mean=1.0, std=1.0))
     watched.step()
     lines = str(watched).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["1", "0", "2"]
+    assert [line.split()[0] for line in lines[2:5]] == ["1", "0", "2"]
     assert "nan" in lines[2]
     data = watched.to_dict()
     json.dumps(data, allow_nan=False)
@@ -236,6 +236,43 @@ def test_statistics_that_are_not_finite_come_first():
     model[1](torch.full((8, 4), -math.inf))
     watched.step()
     assert math.isnan(watched.records[-2]["mean_shift"])
+
+
+LEGEND = "shift: batch mean - running mean, in running deviations, of the worst channel."
+
+
+def test_layers_stay_distinguishable_in_the_table():
+    names = [f"backbone.layer{n}.0.downsample.1" for n in (1, 2, 3)]
+    model = nn.Module()
+    model.backbone = nn.Module()
+    for n in (1, 2, 3):
+        block = nn.Module()
+        block.downsample = nn.Sequential(nn.Identity(), nn.BatchNorm1d(4))
+        model.backbone.add_module(f"layer{n}", nn.Sequential(block))
+    watched = watch(model)
+    watched.step()
+    assert sorted(record["layer"] for record in watched.records) == names
+    shown = [line.split()[0] for line in str(watched).splitlines()[2:5]]
+    assert len(set(shown)) == 3
+    assert max(map(len, shown)) <= 16
+    assert repr(watched) == str(watched)
+
+
+def test_zero_initialized_layers_are_explained():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    watched = watch(model)
+    watched.step()
+    assert "zero" not in str(watched)
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[2].weight)
+    watched.step()
+    assert str(watched).endswith(
+        "\n\nAll weights are zero in 0 and 1 more. Many networks initialize the last layer of\n"
+        "a residual block so (timm: zero_init_last); training makes it live."
+    )
+    model[2].weight.data[0] = 1.0
+    watched.step()
+    assert "All weights are zero in 0. Many" in str(watched)
 
 
 def test_the_table():
@@ -249,7 +286,8 @@ def test_the_table():
     lines = str(watched).splitlines()
     assert lines[0] == "Step 1, 8 layers, worst first."
     assert lines[1].split() == ["layer", "shift", "var", "ratio", "drift", "dead", "weight", "bias"]
-    assert len(lines) == 10
+    assert lines[10:12] == ["", LEGEND]
+    assert len(lines) == 15
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("….0.downsample.1 ") for line in lines)
     assert lines[2].startswith("bn1 ")
@@ -337,7 +375,8 @@ def test_the_last_steps_are_kept():
     for _ in range(1001):
         default.step()
     assert (len(default.records), default.records[0]["step"]) == (1000, 2)
-    nothing = watch(nn.ReLU())
+    with pytest.warns(RuntimeWarning, match=r"watch: nothing is done, the model \(ReLU\) has no"):
+        nothing = watch(nn.ReLU())
     nothing.step()
     assert nothing.records == []
 

@@ -325,7 +325,8 @@ def test_without_layers_nothing_runs():
     def never(model, batch):
         raise AssertionError
 
-    result = recalibrate(nn.Linear(2, 2), [normal(5, 2)], forward=never)
+    with pytest.warns(RuntimeWarning, match=r"recalibrate: nothing is done, the model \(Linear\)"):
+        result = recalibrate(nn.Linear(2, 2), [normal(5, 2)], forward=never)
     assert (result.layers, result.samples) == ((), 0)
     assert str(result) == "Nothing was recalibrated."
 

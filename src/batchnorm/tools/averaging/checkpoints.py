@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments, merge_moments, unbiased_var
+from batchnorm.tools.patching import COUNTER, STATISTICS, by_unwrapped_name, count_in
 
 State = Mapping[str, Tensor]
-_MEAN, _VAR, _COUNTER = "running_mean", "running_var", "num_batches_tracked"
+_AVERAGED = "n_averaged"
+"""Counter of a ``torch.optim.swa_utils.AveragedModel``; its model is in ``module``."""
 
 
 @torch.no_grad()
@@ -22,12 +24,15 @@ def merge_state_dicts(
     ``running_mean`` and ``running_var`` become those of all data together, with the variance
     between the parts, which a mean of variances loses. ``running_var`` is unbiased, of as many
     values as ``counts`` says, and so is the result: if each part's statistics are exact, so are the
-    merged ones. ``num_batches_tracked`` is the counter of ``base`` plus the batches that each part
-    has counted since. Every other tensor is the mean weighted by ``counts``, in float64 and rounded
-    once to its dtype. Costs one pass over all tensors.
+    merged ones. ``moving_mean`` and ``moving_var``, the names of the d2l book, are merged in the
+    same way, but with biased variances. ``num_batches_tracked`` is the counter of ``base`` plus the
+    batches that each part has counted since. Every other tensor is the mean weighted by ``counts``,
+    in float64 and rounded once to its dtype. Costs one pass over all tensors.
 
     Args:
-        state_dicts: At least one; all with the same names, shapes and dtypes. Not changed.
+        state_dicts: At least one; all with the same names, shapes and dtypes. Not changed. Names
+            are compared without the parts that wrappers add (``module.``, ``_orig_mod.``).
+            Counters may have the shape (1,) or be floats: they are taken as the number they are.
         counts: Number of samples of each one; at least two, because a variance needs that many.
             For a soup of models that were trained on the same data give each the number of samples
             in it.
@@ -37,12 +42,14 @@ def merge_state_dicts(
             each part, and ten times more after every round of ten clients.
 
     Returns:
-        A new dict of new tensors, in the order, the dtypes and on the devices of the first.
+        A new dict of new tensors, with the names of the first, in its order and dtypes, and on its
+        devices. A counter always has the shape () and an integer dtype, so that models load it.
 
     Raises:
         ValueError: There is none, not one count for each, a count is less than two, names, shapes
-            or dtypes differ, an integer that is no counter differs, a counter is less than in
-            ``base`` or missing there, or the sum of counters is too large for their dtype.
+            or dtypes differ, an integer that is no counter differs, a counter is not one whole
+            number, less than in ``base`` or missing there, or the sum of counters is too large for
+            their dtype.
         TypeError: An entry is not a tensor.
 
     Example:
@@ -61,6 +68,8 @@ def merge_state_dicts(
     """
     _check_counts(state_dicts, counts)
     first = state_dicts[0]
+    state_dicts = [_named_like(first, state) for state in state_dicts]
+    base = None if base is None else _named_like(first, base)
     for number, state in enumerate(state_dicts):
         _check_state(first, state, number)
     total = sum(counts)
@@ -68,51 +77,86 @@ def merge_state_dicts(
     for name in first:
         tensors = [state[name] for state in state_dicts]
         prefix, _, kind = name.rpartition(".")
-        if kind in (_MEAN, _VAR) and all(_join(prefix, k) in first for k in (_MEAN, _VAR)):
-            moments = _together(state_dicts, counts, prefix)
-            merged[name] = moments.mean if kind == _MEAN else unbiased_var(moments)
-        elif kind == _COUNTER:
+        names = next((names for names in STATISTICS if kind in names), ())
+        if names and all(_join(prefix, each) in first for each in names):
+            merged[name] = _together(state_dicts, counts, prefix, names)[kind].view_as(first[name])
+        elif _is_counter(name):
             merged[name] = _counted(name, tensors, base)
         elif tensors[0].is_floating_point() or tensors[0].is_complex():
             merged[name] = _mean(tensors, [count / total for count in counts])
         else:
             merged[name] = _agreed(name, tensors)
-    return {name: tensor.to(first[name].dtype) for name, tensor in merged.items()}
+    return {
+        name: tensor if _is_counter(name) else tensor.to(first[name].dtype)
+        for name, tensor in merged.items()
+    }
 
 
-def _together(state_dicts: Sequence[State], counts: Sequence[float | int], prefix: str) -> Moments:
-    device = state_dicts[0][_join(prefix, _MEAN)].device
+def _named_like(first: State, state: State) -> State:
+    """Gives a state the names of the first one, which may be wrapped otherwise."""
+    ours, theirs = by_unwrapped_name(first), by_unwrapped_name(state)
+    renamed = {ours.get(short, name): state[name] for short, name in theirs.items()}
+    if _AVERAGED in first and _AVERAGED not in renamed:
+        renamed[_AVERAGED] = first[_AVERAGED]
+    if _AVERAGED not in first and all(n == _AVERAGED or n.startswith("module.") for n in state):
+        renamed.pop(_AVERAGED, None)
+    return renamed
+
+
+def _together(
+    state_dicts: Sequence[State],
+    counts: Sequence[float | int],
+    prefix: str,
+    names: tuple[str, str],
+) -> dict[str, Tensor]:
+    """Merges the statistics of one layer; torch stores unbiased variances, d2l biased ones."""
+    device = state_dicts[0][_join(prefix, names[0])].device
+    is_unbiased = names == STATISTICS[0]
     parts = []
     for state, count in zip(state_dicts, counts, strict=True):
-        mean, var = (state[_join(prefix, k)].to(device, torch.float64) for k in (_MEAN, _VAR))
-        biased = var * ((count - 1) / count)
+        mean, var = (
+            state[_join(prefix, name)].to(device, torch.float64).flatten() for name in names
+        )
+        biased = var * ((count - 1) / count) if is_unbiased else var
         parts.append(Moments(torch.tensor(count, dtype=torch.float64, device=device), mean, biased))
-    return merge_moments(*parts)
+    merged = merge_moments(*parts)
+    var = unbiased_var(merged) if is_unbiased else merged.var
+    return dict(zip(names, (merged.mean, var), strict=True))
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] == COUNTER
 
 
 def _counted(name: str, tensors: Sequence[Tensor], base: State | None) -> Tensor:
-    if base is None:
-        start = torch.zeros_like(tensors[0])
-    elif name in base:
-        start = base[name].to(tensors[0].device)
-    else:
+    if base is not None and name not in base:
         raise ValueError(f"merge_state_dicts: {name} is missing in base.")
-    total, exact = start.clone(), start.double()
+    start = 0 if base is None else _count(name, base[name], "base")
+    total = start
     for number, tensor in enumerate(tensors):
-        new = tensor.to(start.device) - start
-        if bool((new < 0).any()):
+        count = _count(name, tensor, f"checkpoint {number}")
+        if count < start:
             raise ValueError(
-                f"merge_state_dicts: {name} is {tensor.tolist()} in checkpoint {number} and "
-                f"{start.tolist()} in base, which must have come before it."
+                f"merge_state_dicts: {name} is {count} in checkpoint {number} and {start} in "
+                "base, which must have come before it."
             )
-        total += new
-        exact += new.double()
-    if not total.is_floating_point() and bool((exact >= torch.iinfo(total.dtype).max).any()):
+        total += count - start
+    dtype = tensors[0].dtype
+    if dtype.is_floating_point or dtype == torch.bool:
+        dtype = torch.int64
+    if total >= torch.iinfo(dtype).max:
         raise ValueError(
-            f"merge_state_dicts: {name} would be {exact.tolist():g}, more than {total.dtype} "
-            "holds; give base, the checkpoint from which all of them went on."
+            f"merge_state_dicts: {name} would be {total:g}, more than {dtype} holds; give base, "
+            "the checkpoint from which all of them went on."
         )
-    return total
+    return torch.tensor(total, dtype=dtype, device=tensors[0].device)
+
+
+def _count(name: str, tensor: Tensor, where: str) -> int:
+    try:
+        return count_in(tensor)
+    except ValueError as error:
+        raise ValueError(f"merge_state_dicts: {name} in {where} {error}.") from None
 
 
 def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -167,6 +211,8 @@ def _check_state(first: State, state: State, number: int) -> None:
                     "it out of the checkpoints first."
                 )
         ours, theirs = first[name], state[name]
+        if _is_counter(name):
+            continue
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise ValueError(
                 f"merge_state_dicts: {name} is {_described(ours)} in checkpoint 0 and "

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments, merge_moments
-from batchnorm.tools.patching import batch_norms, has_running_statistics
+from batchnorm.tools.patching import (
+    batch_norms,
+    by_unwrapped_name,
+    inside_wrappers,
+    state_of,
+    statistics_of,
+)
 
 Policy = Literal["copy", "average", "merge"]
 
@@ -22,7 +28,9 @@ def ema_update(
 
     For mean teachers, BYOL, target networks, and averaged weights for evaluation. Integer counters
     and all buffers that are no running statistics are copied. Arithmetic is float32 at least, and
-    the result is rounded once, to the target's dtype. Rounding drops a step smaller than half a
+    the result is rounded once, to the target's dtype. Either model may be compiled, distributed or
+    an ``AveragedModel``, as a whole or in parts: their names are compared without those of
+    the wrappers. Rounding drops a step smaller than half a
     unit in the last place: with a decay of 0.999 the target should be float32.
 
     Args:
@@ -40,6 +48,9 @@ def ema_update(
     Raises:
         ValueError: ``decay`` is not in [0, 1], the policy is unknown, names or shapes differ, or a
             tensor is on the meta device, without values. Nothing has been changed then.
+
+    Warns:
+        RuntimeWarning: A policy for running statistics is given, and there is no batch norm layer.
 
     Example:
         >>> import copy
@@ -64,22 +75,32 @@ def ema_update(
             f"ema_update: statistics must be one of {', '.join(get_args(Policy))}, "
             f"got {statistics!r}."
         )
+    target, model = inside_wrappers(target), inside_wrappers(model)
     targets, sources = _tensors(target), _tensors(model)
     _check_alike(targets, sources)
-    parameters = {name for name, _ in target.named_parameters()}
+    parameters = {id(parameter) for parameter in target.parameters()}
     pairs = [] if statistics == "copy" else list(_statistics(target, targets, sources))
     for mean, var in pairs:
         _move_statistics(mean, var, decay, between=statistics == "merge")
     moved = {id(tensor) for pair in pairs for tensor, _ in pair}
     for name, tensor in targets.items():
-        if name in parameters:
+        if id(tensor) in parameters:
             _move(tensor, sources[name], decay)
         elif id(tensor) not in moved:
             tensor.copy_(sources[name])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters, buffers, and statistics that are ordinary attributes, without wrappers' names."""
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    attributes = {
+        (f"{prefix}.{name}" if prefix else name): tensor
+        for prefix, module in model.named_modules()
+        for name, tensor in state_of(module)
+        if name not in module._buffers
+    }
+    found |= attributes
+    return {short: found[name] for short, name in by_unwrapped_name(found).items()}
 
 
 def _check_alike(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
@@ -108,11 +129,11 @@ def _statistics(
     target: nn.Module, targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]
 ) -> Iterator[tuple[_Pair, _Pair]]:
     """Pairs the target's and the model's running mean, and running variance, of every layer."""
-    for name, layer in batch_norms(target, caller="ema_update").items():
-        if has_running_statistics(layer):
-            prefix = f"{name}." if name else ""
-            names = f"{prefix}running_mean", f"{prefix}running_var"
-            mean, var = ((targets[name], sources[name]) for name in names)
+    places = {id(tensor): name for name, tensor in targets.items()}
+    for layer in batch_norms(target, caller="ema_update").values():
+        tensors = statistics_of(layer).values()
+        if tensors:
+            mean, var = ((tensor, sources[places[id(tensor)]]) for tensor in tensors)
             yield mean, var
 
 
@@ -132,9 +153,9 @@ def _move_statistics(mean: _Pair, var: _Pair, decay: float, *, between: bool) ->
     # Filled on the device: to copy a number there would wait for the device.
     share = torch.full((), decay, dtype=torch.float64, device=device)
     parts = [
-        Moments(weight, m.to(device), v.to(device))
+        Moments(weight, m.flatten().to(device), v.flatten().to(device))
         for weight, m, v in zip((share, 1 - share), mean, var, strict=True)
     ]
     merged = merge_moments(*parts)
-    mean[0].copy_(merged.mean)
-    var[0].copy_(merged.var)
+    mean[0].copy_(merged.mean.view_as(mean[0]))
+    var[0].copy_(merged.var.view_as(var[0]))

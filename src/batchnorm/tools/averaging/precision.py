@@ -7,12 +7,21 @@ refuse smaller dtypes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.tools.patching import Handle, LayerSelection, ReplacedMethod, batch_norms
+from batchnorm.tools.patching import (
+    Handle,
+    InheritedMethod,
+    LayerSelection,
+    batch_norms,
+    pass_over,
+    probe,
+)
 
 
 def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) -> Handle:
@@ -24,9 +33,11 @@ def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) 
     half precision as before, at the same cost. ``state_dict`` has the same names, with float32
     inside. ``load_state_dict(assign=True)`` takes the dtype of what is assigned.
 
-    Copies and pickles of the model keep float32 too. Call this again on one of them, or on the
-    model itself, for a handle that ends it there. It is a switch: the first handle that is removed
-    ends it, however often it was called.
+    Copies and pickles of the model, and layers that are rebuilt (``convert_sync_batchnorm``), keep
+    float32 too. Layers that only look like batch norm are kept if they return half precision beside
+    float32 statistics, which a copy of the layer is tried for. Call this again on one of them, or
+    on the model itself, for a handle that ends it there. It is a switch: the first handle that is
+    removed ends it, however often it was called.
 
     Args:
         model: Changed in place; calling this again is harmless.
@@ -38,7 +49,11 @@ def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) 
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` is one string.
-        ValueError: A name fits no layer, or a layer is lazy.
+        ValueError: A name fits no layer, or a layer is lazy. After every error the model is as it
+            was.
+
+    Warns:
+        RuntimeWarning: No layer was found, or one that looks like batch norm is passed over.
 
     Example:
         >>> from torch import nn
@@ -49,7 +64,13 @@ def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) 
         >>> model[0].weight.dtype, model[1].running_mean.dtype
         (torch.bfloat16, torch.float32)
     """
-    chosen = batch_norms(model, layers, caller="keep_statistics_in_float32").values()
+    tool = _Float32Cast.tool
+    found = batch_norms(model, layers, caller=tool)
+    tried = {n: probe(m).keeps_dtype for n, m in found.items() if not isinstance(m, _BatchNorm)}
+    left = {name: reason for name, reason in tried.items() if reason is not None}
+    pass_over(model, left, layers, caller=tool)
+    chosen = [layer for name, layer in found.items() if name not in left]
+    before = _Tensors(chosen)
     casts, new = [], []
     try:
         for layer in chosen:
@@ -61,15 +82,16 @@ def keep_statistics_in_float32(model: nn.Module, layers: LayerSelection = None) 
             casts.append(cast)
             layer._apply(_identity)
     except BaseException:
-        Handle(*(cast.uninstall for cast in new)).remove()
+        Handle(before.restore, *(cast.end for cast in new)).remove()
         raise
-    return Handle(*(cast.uninstall for cast in casts))
+    return Handle(*(cast.end for cast in casts))
 
 
-class _Float32Cast(ReplacedMethod):
+class _Float32Cast(InheritedMethod):
     """Replaces ``_apply``, through which every cast and every move of a module goes."""
 
     method = "_apply"
+    tool = "keep_statistics_in_float32"
 
     def call(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casts the layer to float32 at least, and modules inside it as asked."""
@@ -85,6 +107,41 @@ class _Float32Cast(ReplacedMethod):
             return tensor.to(changed.device, torch.float32)
 
         return self.original(cast, recurse=False)
+
+
+class _Tensors:
+    """The tensors of layers, to be given back after a cast that failed halfway.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        parts = [part for layer in layers for part in layer.modules()]
+        places: list[dict[str, Any]] = [
+            place for part in parts for place in (part._parameters, part._buffers)
+        ]
+        self._places = [
+            (place, name, tensor, tensor.data, _grad_of(tensor))
+            for place in places
+            for name, tensor in place.items()
+            if tensor is not None
+        ]
+
+    def restore(self) -> None:
+        """Gives back the same objects with the same memory, values and gradients."""
+        for place, name, tensor, data, grad in self._places:
+            place[name] = tensor
+            tensor.data = data
+            if grad is not None:
+                kept, values = grad
+                kept.data = values
+                tensor.grad = kept
+
+
+def _grad_of(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    grad = tensor.grad if tensor.is_leaf else None
+    return None if grad is None else (grad, grad.data)
 
 
 def _identity(tensor: Tensor) -> Tensor:

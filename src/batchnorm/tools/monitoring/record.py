@@ -70,7 +70,7 @@ def _batches(before: State, now: State) -> int:
 
 def _weight_of_batches(before: State, now: State, batches: int) -> float:
     """Combined weight, in the running statistics, of all batches since the last record."""
-    if batches == 0 or "running_mean" not in before.numbers:
+    if batches == 0 or not _comparable(before, now.numbers.get("running_mean")):
         return 0.0
     if now.momentum is None:
         return batches / now.counter if now.counter else 0.0
@@ -92,7 +92,7 @@ def _batch(before: State, now: State, weight: float) -> tuple[Numbers | None, Nu
 
 def _against_running(before: State, mean: Numbers | None, var: Numbers | None) -> Record:
     names = ("mean_shift", "mean_shift_rms", "var_ratio_low", "var_ratio_high")
-    if mean is None or var is None or "running_mean" not in before.numbers:
+    if mean is None or var is None or not _comparable(before, mean):
         return dict.fromkeys(names)
     shift = _in_deviations(mean - before.numbers["running_mean"], before)
     ratio = (var + before.eps) / (before.numbers["running_var"] + before.eps)
@@ -102,7 +102,7 @@ def _against_running(before: State, mean: Numbers | None, var: Numbers | None) -
 
 
 def _drift(before: State, now: State) -> Record:
-    if "running_mean" not in before.numbers or "running_mean" not in now.numbers:
+    if not _comparable(before, now.numbers.get("running_mean")):
         return {"mean_drift": None, "var_drift": None}
     moved = now.numbers["running_mean"] - before.numbers["running_mean"]
     ratio = (now.numbers["running_var"] + now.eps) / (before.numbers["running_var"] + now.eps)
@@ -111,6 +111,12 @@ def _drift(before: State, now: State) -> Record:
         "mean_drift": float(np.abs(_in_deviations(moved, before)).max()),
         "var_drift": float(factor.max()),
     }
+
+
+def _comparable(before: State, mean: Numbers | None) -> bool:
+    """Tells if there was a running mean before, for as many channels."""
+    old = before.numbers.get("running_mean")
+    return old is not None and mean is not None and old.shape == mean.shape
 
 
 def _in_deviations(difference: Numbers, before: State) -> Numbers:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments, unbiased_var
-from batchnorm.tools.patching import has_running_statistics
+from batchnorm.tools.patching import COUNTER, has_running_statistics, statistics_of
+from batchnorm.torch_internals import is_real
 
 Numbers = NDArray[np.float64]
+_EPS = 1e-5
+"""Assumed where a layer that looks like batch norm does not tell its own."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,12 @@ class State:
 
     Attributes:
         numbers: By name: ``running_mean``, ``running_var``, ``weight``, ``bias``; ``batch_mean``
-            and ``batch_var`` (unbiased) if a hook saw the input. What the layer lacks is absent.
+            and ``batch_var`` (unbiased) if a hook saw the input. What the layer lacks is absent,
+            and so is a tensor without values, as on the meta device.
         counter: ``num_batches_tracked``; None if the layer has none.
         rounding: Relative step between neighboring numbers of the buffers' dtype.
-        momentum: The layer's.
-        eps: The layer's.
+        momentum: The layer's, if it has one.
+        eps: The layer's, or 1e-5.
     """
 
     numbers: Mapping[str, Numbers]
@@ -37,7 +42,7 @@ class State:
     eps: float
 
 
-def states(layers: Mapping[str, _BatchNorm], seen: Mapping[str, Moments]) -> dict[str, State]:
+def states(layers: Mapping[str, nn.Module], seen: Mapping[str, Moments]) -> dict[str, State]:
     """Takes the states of all layers, in one transfer for each device and dtype.
 
     Args:
@@ -49,9 +54,9 @@ def states(layers: Mapping[str, _BatchNorm], seen: Mapping[str, Moments]) -> dic
         for kind, tensor in _tensors(layer, seen.get(name)).items():
             tensors[name, kind] = tensor
     counters = {
-        (name, "counter"): layer.num_batches_tracked
+        (name, "counter"): counter
         for name, layer in layers.items()
-        if layer.num_batches_tracked is not None
+        if _has_values(counter := getattr(layer, COUNTER, None)) and counter.numel() == 1
     }
     numbers: dict[str, dict[str, Numbers]] = {name: {} for name in layers}
     for (owner, kind), value in _on_host(tensors).items():
@@ -62,17 +67,21 @@ def states(layers: Mapping[str, _BatchNorm], seen: Mapping[str, Moments]) -> dic
             numbers[name],
             int(counted[name, "counter"][0]) if (name, "counter") in counted else None,
             _rounding(layer),
-            layer.momentum,
-            layer.eps,
+            getattr(layer, "momentum", None),
+            getattr(layer, "eps", _EPS),
         )
         for name, layer in layers.items()
     }
 
 
-def determines_batch(layer: _BatchNorm) -> bool:
-    """Tells if running statistics and counter determine the moments of the batches since."""
+def determines_batch(layer: nn.Module) -> bool:
+    """Tells if running statistics and counter determine the moments of the batches since.
+
+    Those of a layer that only looks like batch norm do not: its momentum may mean anything.
+    """
     return (
-        layer.training
+        isinstance(layer, _BatchNorm)
+        and layer.training
         and layer.track_running_stats
         and has_running_statistics(layer)
         and layer.num_batches_tracked is not None
@@ -80,20 +89,29 @@ def determines_batch(layer: _BatchNorm) -> bool:
     )
 
 
-def _tensors(layer: _BatchNorm, seen: Moments | None) -> dict[str, Tensor]:
-    tensors = {
-        "running_mean": layer.running_mean,
-        "running_var": layer.running_var,
-        "weight": layer.weight,
-        "bias": layer.bias,
-    }
+def _tensors(layer: nn.Module, seen: Moments | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    if has_running_statistics(layer):
+        mean, var = statistics_of(layer).values()
+        tensors = {"running_mean": mean, "running_var": var}
+    channels = {tensor.numel() for tensor in tensors.values()}
+    for kind, other in (("weight", "gamma"), ("bias", "beta")):
+        tensor = getattr(layer, kind, getattr(layer, other, None))
+        if isinstance(tensor, Tensor) and channels <= {tensor.numel()}:
+            tensors[kind] = tensor
     if seen is not None:
         tensors |= {"batch_mean": seen.mean, "batch_var": unbiased_var(seen)}
-    return {kind: tensor for kind, tensor in tensors.items() if tensor is not None}
+    return {kind: tensor for kind, tensor in tensors.items() if _has_values(tensor)}
 
 
-def _rounding(layer: _BatchNorm) -> float:
-    return 0.0 if layer.running_var is None else torch.finfo(layer.running_var.dtype).eps
+def _has_values(tensor: object) -> TypeGuard[Tensor]:
+    return isinstance(tensor, Tensor) and is_real(tensor)
+
+
+def _rounding(layer: nn.Module) -> float:
+    if not has_running_statistics(layer):
+        return 0.0
+    return torch.finfo(next(iter(statistics_of(layer).values())).dtype).eps
 
 
 def _on_host(tensors: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Numbers]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.files import for_json
 from batchnorm.moments import Moments, merge_moments
@@ -16,7 +15,16 @@ from batchnorm.nn import functional
 from batchnorm.tools.monitoring.record import Record, record
 from batchnorm.tools.monitoring.state import determines_batch, states
 from batchnorm.tools.monitoring.table import table
-from batchnorm.tools.patching import Handle, LayerSelection, batch_norms, listen
+from batchnorm.tools.patching import (
+    Handle,
+    LayerSelection,
+    add_follower,
+    batch_norms,
+    listen,
+    remove_follower,
+    statistics_of,
+)
+from batchnorm.tools.wording import Printed
 
 
 def watch(
@@ -46,17 +54,20 @@ def watch(
 
     The batch's moments are not computed again: if w is the weight of the new batches in the running
     statistics r, they are :math:`r + (r' - r) / w`. Of several batches that is their average as the
-    momentum weights them. Its rounding error is the relative step of the buffers' dtype times
-    r / w: seven digits become six in float32 with a momentum of 0.1, and one or none in bfloat16.
-    Only layers whose buffers do not determine it (frozen, or without statistics or counter) get a
-    hook; it computes the moments of the input on recorded steps, while gradients are enabled.
-    Under ``torch.compile`` such a hook is traced again in every step until torch gives up and runs
-    the layer eagerly, and ``fullgraph=True`` raises: there, watch layers that are not frozen.
+    momentum weights them. Its rounding error is the relative step of the buffers' dtype times r /
+    w: seven digits become six in float32 with a momentum of 0.1, and one or none in bfloat16. Only
+    layers whose buffers do not determine it (frozen, without statistics or counter, or layers that
+    only look like batch norm) get a hook; it computes the moments of the input on recorded steps,
+    while gradients are enabled. Under ``torch.compile`` such a hook is traced again in every step
+    until torch gives up and runs the layer eagerly, and ``fullgraph=True`` raises: there, watch
+    layers that are not frozen.
 
     Costs some small operations a layer and two transfers a device on a recorded step, and nothing
     on others: 1 to 2 % of a step of ResNet-18 on a CPU. A layer with a hook costs one more pass
     over its input, and the first of them one more transfer: with all 20 layers frozen about 4 % of
-    such a step. Any thread may call the layers; one of them ends the steps.
+    such a step. Any thread may call the layers; one of them ends the steps. A layer that is rebuilt
+    (``convert_sync_batchnorm``) is watched under the same name. Exports, fake tensors and calls on
+    the meta device are not recorded.
 
     Args:
         model: Any module. Its mode may change; a layer that is frozen later gets its hook at the
@@ -74,6 +85,9 @@ def watch(
         TypeError: ``model`` is not a module, or ``layers`` is one string.
         ValueError: ``every`` or ``keep`` is less than one, a name fits no layer, or a layer is
             lazy.
+
+    Warns:
+        RuntimeWarning: There is no batch norm layer to watch.
 
     Example:
         >>> import torch
@@ -94,7 +108,7 @@ def watch(
     return Watch(batch_norms(model, layers, caller="watch"), every, keep)
 
 
-class Watch(Handle):
+class Watch(Printed, Handle):
     """The records of `watch`; ``str()`` of it is a table of the latest, the worst layer first.
 
     Args:
@@ -107,7 +121,9 @@ class Watch(Handle):
         steps: Number of steps so far.
     """
 
-    def __init__(self, layers: Mapping[str, _BatchNorm], every: int, keep: int | None) -> None:
+    tool = "watch"
+
+    def __init__(self, layers: Mapping[str, nn.Module], every: int, keep: int | None) -> None:
         super().__init__(self._end)
         self.records: list[Record] = []
         self.steps = 0
@@ -118,6 +134,16 @@ class Watch(Handle):
         self._hooks: dict[str, Handle] = {}
         self._is_removed = False
         self._before = states(self._layers, {})
+        self._listen()
+        add_follower(self._layers.values(), self)
+
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """Watches a layer that was rebuilt from a watched one, in the place of it."""
+        for name, layer in self._layers.items():
+            if layer is old:
+                self._layers[name] = new
+                if name in self._hooks:
+                    self._hooks.pop(name).remove()
         self._listen()
 
     def step(self) -> None:
@@ -185,6 +211,9 @@ class Watch(Handle):
         """Adds the moments of a layer's input, if the step is going to be recorded."""
         if (self.steps + 1) % self._every or not torch.is_grad_enabled():
             return
+        mean = next(iter(statistics_of(self._layers[name]).values()), None)
+        if x.dim() < 2 or (mean is not None and x.shape[1] != mean.numel()):
+            return
         moments = functional.moments(x.detach())
         # Another thread may put moments here, or take them away, between any two of these calls.
         while self._seen.setdefault(name, moments) is not moments:
@@ -193,5 +222,6 @@ class Watch(Handle):
 
     def _end(self) -> None:
         self._is_removed = True
+        remove_follower(self)
         for name in list(self._hooks):
             self._hooks.pop(name).remove()

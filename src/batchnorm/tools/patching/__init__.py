@@ -1,12 +1,13 @@
 """The kit that every tool uses to change a model, for a while or for good.
 
-It selects layers, saves and restores buffers, replaces methods, listens to inputs and recognizes
-recomputation. What it changes for a while it returns as a `Handle`. What a single tool does with
-these changes lives in that tool.
+It selects layers, saves and restores buffers, replaces methods, listens to inputs, recognizes
+recomputation, and lets layers that are rebuilt inherit. What it changes for a while it returns as a
+`Handle`. What a single tool does with these changes lives in that tool.
 """
 
 from batchnorm.tools.patching.attributes import (
     FALSE_UNTIL_COPIED,
+    is_temporary,
     temporary_attributes,
     without_buffer_broadcast,
 )
@@ -17,8 +18,16 @@ from batchnorm.tools.patching.buffers import (
     work_on_copies,
 )
 from batchnorm.tools.patching.handle import Handle
-from batchnorm.tools.patching.inputs import listen
+from batchnorm.tools.patching.inheritance import (
+    InheritedMethod,
+    add_follower,
+    install_inherited,
+    remove_follower,
+)
+from batchnorm.tools.patching.inputs import are_real, listen
 from batchnorm.tools.patching.methods import ReplacedMethod, install
+from batchnorm.tools.patching.names import by_unwrapped_name, inside_wrappers, without_wrappers
+from batchnorm.tools.patching.probing import Behavior, probe
 from batchnorm.tools.patching.recomputation import (
     RecomputationHook,
     is_recomputing,
@@ -30,30 +39,65 @@ from batchnorm.tools.patching.selection import (
     LayerSelection,
     batch_norms,
     has_frozen_mark,
-    has_running_statistics,
     is_frozen,
+    pass_over,
+    unlike,
+    warn,
+)
+from batchnorm.tools.patching.statistics import (
+    COUNTER,
+    STATISTICS,
+    count_in,
+    has_running_statistics,
+    is_batch_norm,
+    moves_statistics,
+    names_of_statistics,
+    state_of,
+    statistics_of,
 )
 
 __all__ = [
+    "COUNTER",
     "FALSE_UNTIL_COPIED",
     "FROZEN_MARK",
+    "STATISTICS",
+    "Behavior",
     "Handle",
+    "InheritedMethod",
     "LayerSelection",
     "RecomputationHook",
     "ReplacedMethod",
     "SavedBuffers",
     "SavedTensors",
     "StandInBuffers",
+    "add_follower",
+    "are_real",
     "batch_norms",
+    "by_unwrapped_name",
+    "count_in",
     "has_frozen_mark",
     "has_running_statistics",
+    "inside_wrappers",
     "install",
+    "install_inherited",
+    "is_batch_norm",
     "is_frozen",
     "is_recomputing",
     "is_repeated",
+    "is_temporary",
     "listen",
+    "moves_statistics",
+    "names_of_statistics",
+    "pass_over",
+    "probe",
+    "remove_follower",
+    "state_of",
+    "statistics_of",
     "temporary_attributes",
+    "unlike",
     "updates_suppressed",
+    "warn",
     "without_buffer_broadcast",
+    "without_wrappers",
     "work_on_copies",
 ]

@@ -63,9 +63,10 @@ def temporary_attributes(modules: Iterable[nn.Module], **values: Any) -> Handle:
     return handle
 
 
-def is_temporary(module: nn.Module, name: str) -> bool:
-    """Tells if `temporary_attributes` has set the attribute."""
-    return name in _overridden.get(module, {})
+def is_temporary(module: nn.Module, *names: str) -> bool:
+    """Tells if `temporary_attributes` has set one of the attributes."""
+    attributes = _overridden.get(module)
+    return bool(attributes) and any(name in attributes for name in names)
 
 
 def without_buffer_broadcast(model: nn.Module) -> Handle:

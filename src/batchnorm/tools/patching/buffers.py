@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from batchnorm.tools.patching.attributes import temporary_attributes
 from batchnorm.tools.patching.handle import Handle
+from batchnorm.tools.patching.statistics import get_state, put_state, state_of
 
 
 class SavedTensors:
@@ -45,6 +46,8 @@ class SavedTensors:
 class SavedBuffers:
     """The buffers of modules and their values, to be put back into the same places.
 
+    Running statistics that are ordinary attributes, as in the d2l book, count as buffers.
+
     Args:
         modules: The modules; of each its own buffers, not those of its children.
         names: Only buffers of these names; None for all.
@@ -54,7 +57,7 @@ class SavedBuffers:
         self._places = [
             (module, name, buffer)
             for module in modules
-            for name, buffer in module.named_buffers(recurse=False)
+            for name, buffer in state_of(module)
             if names is None or name in names
         ]
         self._values = SavedTensors(buffer for *_, buffer in self._places)
@@ -62,7 +65,7 @@ class SavedBuffers:
     def restore(self) -> None:
         """Gives the modules the same tensors with the same values."""
         for module, name, buffer in self._places:
-            module._buffers[name] = buffer
+            put_state(module, name, buffer)
         self._values.restore()
 
     def restore_where(self, condition: Tensor) -> None:
@@ -75,7 +78,7 @@ class SavedBuffers:
         """
         saved = (value for _, value in self._values._saved)
         for (module, name, _), value in zip(self._places, saved, strict=True):
-            buffer = module._buffers[name]
+            buffer = get_state(module, name)
             if buffer is not None:
                 buffer.data.copy_(torch.where(condition, value, buffer))
 
@@ -88,7 +91,7 @@ def work_on_copies(modules: Iterable[nn.Module]) -> Handle:
     """
     with ExitStack() as stack:
         for module in modules:
-            copies = {name: _copy(b) for name, b in module.named_buffers(recurse=False)}
+            copies = {name: _copy(b) for name, b in state_of(module)}
             stack.enter_context(temporary_attributes([module], **copies))
         return Handle(stack.pop_all().close)
 
@@ -106,16 +109,21 @@ class StandInBuffers:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._own: dict[tuple[nn.Module, str], Tensor | None] = {
-            (module, name): buffer
-            for module in modules
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+            (module, name): buffer for module in modules for name, buffer in state_of(module)
         }
         self._install()
+
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """Decides about the buffers of a layer, too, that was rebuilt with those of another."""
+        for (module, name), own in list(self._own.items()):
+            if module is old:
+                self._own[new, name] = own
+                self._stand_ins[new, name] = self._stand_ins[old, name]
 
     def commit(self) -> None:
         """Copies the current values into the modules' own buffers; a rollback returns to them."""
         for (module, name), own in self._own.items():
-            now = module._buffers.get(name)
+            now = get_state(module, name)
             if own is not None and now is not None and _is_alike(own, now):
                 own.data.copy_(now)
             else:
@@ -140,23 +148,24 @@ class StandInBuffers:
             stand_in = self._stand_ins[module, name]
             if own is None or stand_in is None:
                 continue
-            if module._buffers.get(name) is stand_in:
+            if get_state(module, name) is stand_in:
                 own.data.copy_(stand_in)
-                module._buffers[name] = own
+                put_state(module, name, own)
 
     def _install(self) -> None:
         copies = {own: _copy(own) for own in self._own.values() if own is not None}
         self._stand_ins = {p: own if own is None else copies[own] for p, own in self._own.items()}
         for (module, name), stand_in in self._stand_ins.items():
-            module._buffers[name] = stand_in
+            put_state(module, name, stand_in)
 
     def _return_own(self) -> None:
         """Gives modules their own buffers, moved or cast as the modules were in between."""
         for (module, name), own in self._own.items():
-            now = module._buffers.get(name)
+            now = get_state(module, name)
             if own is not None and now is not None:
                 own = own.to(now.device, now.dtype)
-            self._own[module, name] = module._buffers[name] = own
+            self._own[module, name] = own
+            put_state(module, name, own)
 
 
 def _copy(buffer: Tensor) -> Tensor:

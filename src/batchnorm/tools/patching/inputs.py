@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.tools.patching.handle import Handle
+from batchnorm.torch_internals import is_real
 
 Listener = Callable[[str, Tensor], Tensor | None]
 """Takes the name of a layer and its input. If it returns a tensor, the layer gets that instead."""
@@ -18,7 +19,8 @@ def listen(layers: Mapping[str, nn.Module], listener: Listener, *, caller: str) 
 
     The input is the first tensor among the arguments, ``input`` first among those by name, because
     a subclass may call it otherwise. The hook runs after those that were registered before, so the
-    listener sees what the layer sees. An exception of the listener ends the call.
+    listener sees what the layer sees. An exception of the listener ends the call. A call with
+    tensors that have no values (in ``torch.export``, fake, on meta) is not listened to.
 
     Args:
         layers: Modules by name.
@@ -32,6 +34,11 @@ def listen(layers: Mapping[str, nn.Module], listener: Listener, *, caller: str) 
     return Handle(*(hook.remove for hook in hooks))
 
 
+def are_real(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tells if all tensors of a call have values; those of an export or on meta have none."""
+    return all([is_real(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)])
+
+
 class _InputHook:
     """The hook on one layer; an object, so that a copy or a pickle of the layer can carry it."""
 
@@ -43,6 +50,8 @@ class _InputHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         key = self._key_of_input(layer, args, kwargs)
         x = args[key] if isinstance(key, int) else kwargs[key]
+        if not is_real(x):
+            return None
         replaced = self._listener(self._name, x)
         if replaced is None:
             return None

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from batchnorm.tools.patching.attributes import is_temporary
 from batchnorm.tools.patching.buffers import work_on_copies
+from batchnorm.tools.patching.statistics import is_batch_norm
 from batchnorm.torch_internals import backward_pass_id, when_backward_pass_ends
 
 
@@ -28,11 +28,11 @@ def is_recomputing() -> bool:
     return backward_pass_id() != -1
 
 
-def is_repeated(layer: _BatchNorm) -> bool:
+def is_repeated(layer: nn.Module) -> bool:
     """Tells if a call of the layer now repeats an earlier one; always False in compiled code."""
     if torch.compiler.is_compiling():
         return False
-    return is_recomputing() or is_temporary(layer, "running_mean")
+    return is_recomputing() or is_temporary(layer, "running_mean", "moving_mean")
 
 
 @contextmanager
@@ -75,7 +75,7 @@ class RecomputationHook:
             return
         new = [part for part in module.modules() if part not in self._seen]
         self._seen.update(new)
-        layers = [part for part in new if isinstance(part, _BatchNorm)]
+        layers = [part for part in new if is_batch_norm(part)]
         if layers:
             self._stack.enter_context(work_on_copies(layers))
 

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-LayerSelection = Iterable[str] | Callable[[str, _BatchNorm], bool] | None
-"""Names of layers, names of blocks that hold layers, or patterns (``layer4.*``); a function of a
-layer's name and the layer; or None for all."""
+from batchnorm.tools.patching.names import without_wrappers
+from batchnorm.tools.patching.statistics import is_batch_norm, obstacle_to_likeness
+
+LayerSelection = Iterable[str] | Callable[[str, nn.Module], bool] | None
+"""Names of layers, names of blocks that hold layers, or patterns (``layer4.*``), with or without
+the parts that wrappers add (``_orig_mod.``, ``module.``); a function of a layer's name and the
+layer; or None for all."""
 
 FROZEN_MARK = "_batchnorm_frozen"
 """Attribute that `batchnorm.freeze` sets on a layer."""
+_BETWEEN = ("batchnorm.", "torch.utils.", "torch.nn.", "jaxtyping", "beartype")
+"""Modules between a tool's warning and the user's code: ``torch.no_grad`` wraps some tools, and
+modules call hooks."""
 _SHOWN = 5
 """Names of layers in a message; more would bury what it says."""
 
 
 def batch_norms(
     model: nn.Module, layers: LayerSelection = None, *, caller: str
-) -> dict[str, _BatchNorm]:
-    """Finds the batch norm layers of a model, torch's and ours, each object once.
+) -> dict[str, nn.Module]:
+    """Finds the batch norm layers of a model, each object once.
+
+    They are torch's, ours, and those that look like batch norm (`statistics.is_batch_norm`). To
+    find none is no success: a RuntimeWarning says so, and names what is passed over.
 
     Args:
         model: Any module; it may be a batch norm layer itself, whose name is then ``""``.
@@ -38,7 +49,7 @@ def batch_norms(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}.")
-    found = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    found = {name: m for name, m in model.named_modules() if is_batch_norm(m)}
     selected = _select(found, layers, caller)
     for name, layer in selected.items():
         if any(is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())):
@@ -46,12 +57,59 @@ def batch_norms(
                 f"{caller}: layer {name!r} ({type(layer).__name__}) is lazy and has no shape yet; "
                 "call the model once before."
             )
+    pass_over(model, unlike(model, layers), caller=caller)
+    if not selected:
+        of = "has no batch norm layers" if not found else f"has {_listed(found)}; layers fits none"
+        warn(f"{caller}: nothing is done, the model ({type(model).__name__}) {of}.")
     return selected
 
 
-def has_running_statistics(layer: _BatchNorm) -> bool:
-    """Tells if the layer has running statistics at all."""
-    return layer.running_mean is not None and layer.running_var is not None
+def unlike(model: nn.Module, layers: LayerSelection = None) -> dict[str, str]:
+    """Says why modules with a running mean or variance are no batch norm layers, by name.
+
+    Args:
+        model: Any module.
+        layers: A selection; it has no such modules.
+    """
+    if layers is not None:
+        return {}
+    reasons = {name: obstacle_to_likeness(module) for name, module in model.named_modules()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def pass_over(
+    model: nn.Module, reasons: Mapping[str, str], layers: LayerSelection = None, *, caller: str
+) -> None:
+    """Tells which layers a tool passes over, and why: by a warning, or by an error if selected.
+
+    Args:
+        model: The model.
+        reasons: The reason by name of the layer.
+        layers: What the user selected.
+        caller: Name of the tool.
+
+    Raises:
+        ValueError: There are such layers among those that the user selected.
+    """
+    if not reasons:
+        return
+    described = [
+        f"layer {name!r} ({type(model.get_submodule(name)).__name__}), because {reason}"
+        for name, reason in reasons.items()
+    ]
+    more = len(described) - _SHOWN
+    text = "; ".join(described[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    if layers is not None:
+        raise ValueError(f"{caller}: cannot take {text}; leave it out of layers.")
+    warn(f"{caller}: passed over {text}.")
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's code that called the tool."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def is_frozen(model: nn.Module) -> bool:
@@ -70,7 +128,7 @@ def is_frozen(model: nn.Module) -> bool:
         >>> batchnorm.is_frozen(model)
         True
     """
-    found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    found = [module for module in model.modules() if is_batch_norm(module)]
     return bool(found) and all(map(has_frozen_mark, found))
 
 
@@ -80,8 +138,8 @@ def has_frozen_mark(layer: nn.Module) -> bool:
 
 
 def _select(
-    found: dict[str, _BatchNorm], layers: LayerSelection, caller: str
-) -> dict[str, _BatchNorm]:
+    found: dict[str, nn.Module], layers: LayerSelection, caller: str
+) -> dict[str, nn.Module]:
     if layers is None:
         return found
     if callable(layers):
@@ -91,7 +149,7 @@ def _select(
             f"{caller}: layers must be several names, got the string {layers!r}; "
             f"write layers=[{layers!r}]."
         )
-    selected: dict[str, _BatchNorm] = {}
+    selected: dict[str, nn.Module] = {}
     for pattern in layers:
         fitting = {name: layer for name, layer in found.items() if _fits(name, pattern)}
         if not fitting:
@@ -103,10 +161,11 @@ def _select(
 
 
 def _fits(name: str, pattern: str) -> bool:
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+    pairs = ((name, pattern), (without_wrappers(name), without_wrappers(pattern)))
+    return any(n == p or n.startswith(f"{p}.") or fnmatchcase(n, p) for n, p in pairs)
 
 
-def _listed(found: dict[str, _BatchNorm]) -> str:
+def _listed(found: dict[str, nn.Module]) -> str:
     if not found:
         return "no batch norm layers"
     names = [repr(name) for name in found]

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from batchnorm.moments import Moments, empty, merge_moments
 from batchnorm.nn import functional
 from batchnorm.nn.layers import LAYERS
-from batchnorm.tools.patching import Handle, listen, temporary_attributes
+from batchnorm.tools.patching import Handle, listen, statistics_of, temporary_attributes
 
 FEWEST_CHUNKS = 8
 """A spread between fewer chunks says little, so there is no standard error."""
@@ -50,6 +49,7 @@ class MomentCollector:
     Args:
         name: Name of the layer, for messages.
         layer: A layer with running statistics.
+        unbiased: True if it stores the unbiased variance, as torch's layers do.
 
     Attributes:
         normalizes_by_batch: Each call sets what the layer normalizes by.
@@ -57,20 +57,26 @@ class MomentCollector:
         order: Place in the order in which layers were first called; -1 before the first call.
     """
 
-    def __init__(self, name: str, layer: _BatchNorm) -> None:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        self.name, self.layer = name, layer
-        # Our layers take float64 statistics beside an input of any dtype, torch's do not.
-        dtype = torch.float64 if isinstance(layer, LAYERS) else layer.running_mean.dtype
-        self._mean = layer.running_mean.detach().to(dtype, copy=True)
-        self._var = layer.running_var.detach().to(dtype, copy=True)
+    def __init__(self, name: str, layer: nn.Module, *, unbiased: bool = True) -> None:
+        self.name, self.layer, self.unbiased = name, layer, unbiased
+        # Our layers take float64 statistics beside an input of any dtype, others do not.
+        dtype = torch.float64 if isinstance(layer, LAYERS) else None
+        self._names = tuple(statistics_of(layer))
+        self._mean, self._var = (
+            buffer.detach().to(dtype or buffer.dtype, copy=True) for buffer in self.buffers
+        )
         self._thread = threading.get_ident()
         self._calls_in_batches: set[int] = set()
         self.normalizes_by_batch = True
         self.calls_needed: int | None = None
         self.order = -1
         self.clear()
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The running mean and variance that the layer has now."""
+        mean, var = (getattr(self.layer, name) for name in self._names)
+        return mean, var
 
     def clear(self) -> None:
         """Drops what was collected, but not in which order the layers ran."""
@@ -81,15 +87,14 @@ class MomentCollector:
 
     def using_own_buffers(self) -> Handle:
         """Lets the layer normalize by the collector's buffers; its own are out of reach."""
-        return temporary_attributes(
-            [self.layer], training=False, running_mean=self._mean, running_var=self._var
-        )
+        statistics = dict(zip(self._names, (self._mean, self._var), strict=True))
+        return temporary_attributes([self.layer], training=False, **statistics)
 
     @torch.no_grad()
     def normalize_by(self, mean: Tensor, var: Tensor) -> None:
         """Sets the statistics that the layer normalizes by."""
-        self._mean.copy_(mean)
-        self._var.copy_(var)
+        self._mean.copy_(mean.view_as(self._mean))
+        self._var.copy_(var.view_as(self._var))
 
     def collect(self, x: Tensor) -> None:
         """Takes the input of a call, before the call; those of other threads are not data.
@@ -142,7 +147,12 @@ class MomentCollector:
 
     def standard_error(self) -> float | None:
         """See `ChunkedMoments.standard_error`."""
-        return self._chunks.standard_error(self.layer.eps)
+        return self._chunks.standard_error(self.eps)
+
+    @property
+    def eps(self) -> float:
+        """The layer's, or torch's default if it does not tell its own."""
+        return getattr(self.layer, "eps", 1e-5)
 
 
 def collecting(collectors: Iterable[MomentCollector]) -> Handle:

@@ -19,6 +19,7 @@ from batchnorm.tools.recalibration.collector import (
     merge_collected,
 )
 from batchnorm.tools.recalibration.distributed import AllRanks
+from batchnorm.torch_internals import is_real
 
 Forward = Callable[[nn.Module, Any], object]
 Progress = Callable[[int], object]
@@ -88,6 +89,7 @@ class Feeder:
         """
         samples = batches = 0
         for batch in islice(self.batches, at_most):
+            _check_values(batch)
             try:
                 with torch.no_grad():
                     self.forward(self.model, batch)
@@ -128,6 +130,14 @@ def call(model: nn.Module, batch: Any) -> object:
         "recalibrate: a batch must be a tensor, a dict of keyword arguments, or a tuple or list "
         f"whose first element is one of these, got {what}; give forward=lambda model, batch: ..."
     )
+
+
+def _check_values(batch: Any) -> None:
+    tensor = _first_tensor(batch)
+    if tensor is not None and not is_real(tensor):
+        raise ValueError(
+            "recalibrate: a batch is on the meta device or fake and has no values; give real data."
+        )
 
 
 def count_samples(batch: Any) -> int:
@@ -243,13 +253,12 @@ def _statistics(collector: MomentCollector, collected: Collected) -> tuple[Tenso
             f"{who} got values that are not finite; the model is as it was. Look for NaN or "
             "infinity in the data, or in the weights before this layer."
         )
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    mean = moments.mean.to(layer.running_mean.dtype)
-    var = unbiased_var(moments).to(layer.running_var.dtype)
+    dtypes = [buffer.dtype for buffer in collector.buffers]
+    mean = moments.mean.to(dtypes[0])
+    var = (unbiased_var(moments) if collector.unbiased else moments.var).to(dtypes[1])
     if not (mean.isfinite().all() and var.isfinite().all()):
         raise ValueError(
-            f"{who} has statistics that are too large for {layer.running_var.dtype}; the model is "
+            f"{who} has statistics that are too large for {dtypes[1]}; the model is "
             "as it was. Keep its buffers in float32."
         )
     return mean, var

@@ -14,13 +14,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.tools.patching import (
+    COUNTER,
     Handle,
     LayerSelection,
     SavedBuffers,
     batch_norms,
     has_frozen_mark,
     has_running_statistics,
+    is_batch_norm,
+    pass_over,
+    probe,
+    statistics_of,
     temporary_attributes,
+    unlike,
+    warn,
     without_buffer_broadcast,
 )
 from batchnorm.tools.recalibration.collector import MomentCollector
@@ -36,6 +43,7 @@ from batchnorm.tools.recalibration.passes import (
 )
 from batchnorm.tools.recalibration.result import LayerChange, Recalibration
 from batchnorm.tools.wording import counted
+from batchnorm.torch_internals import is_real
 
 
 def recalibrate(
@@ -76,8 +84,11 @@ def recalibrate(
     left alone. They, and layers that ``layers`` leaves out, normalize by their own statistics.
     Everything else keeps its mode: call ``model.eval()`` before, or dropout will be in the
     statistics. A model in evaluation mode has no frozen layers. A subclass must take its channels
-    in dimension 1, as torch's layers do. Code that ``torch.compile`` made is not used. A layer of
-    bfloat16 normalizes by moments rounded to bfloat16, as in evaluation.
+    in dimension 1, as torch's layers do. Layers that only look like batch norm are recalibrated if
+    they normalize by the batch in training and by their statistics in evaluation, which a copy of
+    the layer is tried for; their variance stays biased if they store that one. Code that
+    ``torch.compile`` made is not used. A layer of bfloat16 normalizes by moments rounded to
+    bfloat16, as in evaluation.
 
     Where ``torch.distributed`` is initialized, all ranks call this, and get the moments of the data
     of all; a rank may have fewer batches, or none. No rank waits for another inside of a pass, so
@@ -111,6 +122,10 @@ def recalibrate(
         RuntimeError: Another rank failed. After this and every other exception, also of the loader
             and the model, and after an interruption, the model is what it was, bit for bit.
 
+    Warns:
+        RuntimeWarning: Nothing was recalibrated, or a layer that looks like batch norm is passed
+            over.
+
     Example:
         >>> import batchnorm
         >>> x = torch.arange(12.0).reshape(6, 2)
@@ -143,7 +158,12 @@ def recalibrate(
         reached = [collector for name, collector in collectors.items() if name in outcome.new]
         changes = tuple(_change(collector, outcome) for collector in reached)
         with uninterrupted():
-            _write({collector.name: collector.layer for collector in reached}, outcome, ranks)
+            _write(reached, outcome, ranks)
+    if not reached and (collectors or left):
+        reasons = {**left, **dict.fromkeys(collectors, "no batch reached it")}
+        name, reason = next(iter(reasons.items()))
+        more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        warn(f"recalibrate: nothing was recalibrated; layer {name!r}: {reason}{more}.")
     return Recalibration(
         layers=changes,
         left=left,
@@ -193,13 +213,22 @@ def _collectors(
     model: nn.Module, layers: LayerSelection
 ) -> tuple[dict[str, MomentCollector], dict[str, str]]:
     """Returns a collector for each layer to recalibrate, and the reason for each other one."""
-    collectors, left = {}, {}
+    collectors, left, passed = {}, {}, {}
     for name, layer in batch_norms(model, layers, caller="recalibrate").items():
-        reason = _obstacle(model, layer)
+        reason, behavior = _obstacle(model, layer), None
+        if reason is None and not isinstance(layer, _BatchNorm):
+            behavior = probe(layer)
+            reason = behavior.evaluates_without_grad or behavior.trains
+            if reason is not None:
+                passed[name] = reason
         if reason is None:
-            collectors[name] = MomentCollector(name, layer)
+            _check_values(name, layer)
+            unbiased = behavior is None or behavior.stores_unbiased
+            collectors[name] = MomentCollector(name, layer, unbiased=unbiased)
         else:
             left[name] = reason
+    pass_over(model, passed, layers, caller="recalibrate")
+    left |= unlike(model, layers)
     if collectors:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):
@@ -209,7 +238,15 @@ def _collectors(
     return collectors, left
 
 
-def _obstacle(model: nn.Module, layer: _BatchNorm) -> str | None:
+def _check_values(name: str, layer: nn.Module) -> None:
+    if not all(map(is_real, statistics_of(layer).values())):
+        raise ValueError(
+            f"recalibrate: layer {name!r} ({type(layer).__name__}) is on the meta device or fake "
+            "and has no values; load them first."
+        )
+
+
+def _obstacle(model: nn.Module, layer: nn.Module) -> str | None:
     if not has_running_statistics(layer):
         return "it keeps no running statistics"
     if has_frozen_mark(layer):
@@ -229,7 +266,7 @@ def _isolated(model: nn.Module, collectors: Iterable[MomentCollector]) -> Handle
     collectors = list(collectors)
     collecting = {id(collector.layer) for collector in collectors}
     others = [module for module in model.modules() if id(module) not in collecting]
-    frozen = [m for m in others if isinstance(m, _BatchNorm) and has_running_statistics(m)]
+    frozen = [m for m in others if is_batch_norm(m) and has_running_statistics(m)]
     with ExitStack() as stack:
         stack.callback(SavedBuffers(others).restore)
         stack.enter_context(temporary_attributes(frozen, training=False))
@@ -242,12 +279,11 @@ def _isolated(model: nn.Module, collectors: Iterable[MomentCollector]) -> Handle
 
 
 def _change(collector: MomentCollector, outcome: Outcome) -> LayerChange:
-    layer, (mean, var) = collector.layer, outcome.new[collector.name]
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    old = layer.running_var.double().cpu() + layer.eps
-    shift = (mean.double() - layer.running_mean.double().cpu()).abs() / old.sqrt()
-    ratio = (var.double() + layer.eps) / old
+    mean, var = outcome.new[collector.name]
+    old_mean, old_var = (buffer.double().flatten().cpu() for buffer in collector.buffers)
+    old = old_var + collector.eps
+    shift = (mean.double() - old_mean).abs() / old.sqrt()
+    ratio = (var.double() + collector.eps) / old
     collected = outcome.collected[collector.name]
     return LayerChange(
         name=collector.name,
@@ -261,18 +297,16 @@ def _change(collector: MomentCollector, outcome: Outcome) -> LayerChange:
     )
 
 
-def _write(layers: Mapping[str, _BatchNorm], outcome: Outcome, ranks: AllRanks) -> None:
+def _write(reached: list[MomentCollector], outcome: Outcome, ranks: AllRanks) -> None:
     """Writes all statistics on all ranks, or none."""
-    before = SavedBuffers(layers.values())
+    before = SavedBuffers(collector.layer for collector in reached)
     try:
-        for name, layer in layers.items():
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            mean, var = outcome.new[name]
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(var)
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(outcome.collected[name].calls)
+        for collector in reached:
+            for buffer, value in zip(collector.buffers, outcome.new[collector.name], strict=True):
+                buffer.detach().copy_(value.view_as(buffer))
+            counter = getattr(collector.layer, COUNTER, None)
+            if isinstance(counter, Tensor):
+                counter.fill_(outcome.collected[collector.name].calls)
         ranks.agree()
     except BaseException:
         before.restore()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchnorm.tools.wording import counted, displayed, shortened, wrapped
+from batchnorm.tools.wording import Printed, counted, passed_over, shortened, wrapped
 
 _NAME = 34
 _HEAD = f"{'':<{_NAME}}{'mean shift':>18}{'variance ratio':>18}{'values':>10}"
@@ -41,8 +41,8 @@ class LayerChange:
     standard_error: float | None
 
 
-@dataclass(frozen=True)
-class Recalibration:
+@dataclass(frozen=True, repr=False)
+class Recalibration(Printed):
     """Report of `recalibrate`; ``str()`` of it is a table.
 
     Attributes:
@@ -85,9 +85,11 @@ class Recalibration:
     def __str__(self) -> str:
         lines = [self._summary()]
         if self.layers:
-            lines += ["", _HEAD, _COLUMNS, *map(_row, self.layers), ""]
+            names = shortened([change.name for change in self.layers], _NAME - 1)
+            rows = [_row(names[change.name], change) for change in self.layers]
+            lines += ["", _HEAD, _COLUMNS, *rows, ""]
             lines.append("Shifts in old standard deviations, ratios new / old, both with eps.")
-        lines += self._left()
+        lines += passed_over({**self.left, **dict.fromkeys(self.unreached, "no batch reached it")})
         return "\n".join(wrapped(line, "  ") for line in lines)
 
     def _summary(self) -> str:
@@ -103,15 +105,8 @@ class Recalibration:
             f"{self.seconds:.1f} s{how}{early}{precise}."
         )
 
-    def _left(self) -> Iterator[str]:
-        for name, reason in self.left.items():
-            yield f"Left alone: {displayed(name)}: {reason}."
-        for name in self.unreached:
-            yield f"Left alone: {displayed(name)}: no batch reached it."
 
-
-def _row(change: LayerChange) -> str:
-    name = shortened(displayed(change.name), _NAME - 1)
+def _row(name: str, change: LayerChange) -> str:
     numbers = (
         change.mean_shift,
         change.mean_shift_max,

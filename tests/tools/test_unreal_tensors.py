@@ -1,0 +1,172 @@
+"""What passes without values (exports, fake tensors, meta) is recorded by no tool."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import batchnorm
+from batchnorm import (
+    count_recomputation_once,
+    freeze,
+    guard,
+    keep_statistics_in_float32,
+    no_stats_update,
+    recalibrate,
+    reset_poisoned_statistics,
+    transaction,
+    watch,
+)
+from look_alikes import Own
+
+pytestmark = pytest.mark.untyped
+
+
+def net(norm=nn.BatchNorm2d):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU())
+
+
+def images():
+    return torch.randn(4, 3, 9, 9)
+
+
+def exported(model):
+    torch.export.export(model, (images(),))
+
+
+def strictly_exported(model):
+    torch.export.export(model, (images(),), strict=True)
+
+
+def faked(model):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        copied = mode.from_tensor(images())
+        model(copied)
+
+
+def on_meta(model):
+    twin = copy.deepcopy(model).to("meta")
+    twin(images().to("meta"))
+
+
+def traced(model):
+    make_fx(lambda x: model(x), tracing_mode="fake", _allow_non_fake_inputs=True)(images())
+
+
+def mapped(model):
+    torch.func.vmap(lambda x: model(x[None]), randomness="error")(images())
+
+
+PASSES = {
+    "export": exported,
+    "strict export": strictly_exported,
+    "fake": faked,
+    "meta": on_meta,
+    "make_fx": traced,
+    "vmap": mapped,
+}
+NORMS = {"torch": nn.BatchNorm2d, "ours": batchnorm.BatchNorm2d, "own": Own}
+passes = pytest.mark.parametrize("unreal", PASSES)
+norms = pytest.mark.parametrize("norm", NORMS)
+
+
+@passes
+@norms
+def test_watched(unreal, norm):
+    model = net(NORMS[norm]).eval()
+    watched = watch(model)
+    PASSES[unreal](model)
+    watched.step()
+    assert watched.records[-1]["batch_mean_low"] is None
+    x = images()
+    model(x)
+    watched.step()
+    expected = float(model[0](x).detach().mean((0, 2, 3)).min())
+    assert watched.records[-1]["batch_mean_low"] == pytest.approx(expected, abs=1e-6)
+    copy.deepcopy(model)(x)
+
+
+@pytest.mark.parametrize("unreal", ["export", "meta", "make_fx"])
+@norms
+def test_guarded_in_training(unreal, norm):
+    model = net(NORMS[norm])
+    guarded = guard(model)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    PASSES[unreal](model)
+    if unreal != "make_fx":  # It traces side effects with the real buffers, without a guard too.
+        assert all(torch.equal(before[n], b) for n, b in model.named_buffers())
+    assert guarded.skipped == {}
+    x = images()
+    x[0] = torch.nan
+    model(x)
+    assert guarded.skipped == {"1": 1}
+    assert model[1].running_mean.isfinite().all()
+    copy.deepcopy(model)(x)
+
+
+@passes
+@norms
+def test_with_all_tools_at_once(unreal, norm):
+    model = net(NORMS[norm]).eval()
+    freeze(model, affine=False)
+    tools = [guard, watch, count_recomputation_once, no_stats_update]
+    handles = [tool(model) for tool in tools]
+    PASSES[unreal](model)
+    for handle in reversed(handles):
+        handle.remove()
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert type(tensor) in (torch.Tensor, nn.Parameter)
+    copy.deepcopy(model)(images())
+
+
+def test_a_transaction_around_an_export():
+    model = net()
+    with transaction(model):
+        exported(model)
+    assert int(model[1].num_batches_tracked) == 0
+    model(images())
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        model = net()
+    handles = [guard(model), watch(model), no_stats_update(model)]
+    handles.append(keep_statistics_in_float32(model))
+    freeze(model)
+    model(images().to("meta"))
+    handles[1].step()
+    assert handles[1].records[-1]["running_mean_low"] is None
+    message = "running_mean of layer '1' is on the meta device or fake and has no values; load them"
+    with pytest.raises(ValueError, match=f"reset_poisoned_statistics: {message} first"):
+        reset_poisoned_statistics(model)
+    batchnorm.unfreeze(model)
+    with pytest.raises(
+        ValueError, match=r"recalibrate: layer '1' \(BatchNorm2d\) is on the meta d"
+    ):
+        recalibrate(model, [images()])
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    for name, tensor in model[1].state_dict().items():
+        tensor.fill_(float(name in ("weight", "running_var")))
+    model(images())
+    handles[1].step()
+    assert handles[1].records[-1]["running_mean_low"] == 0
+
+
+def test_recalibration_takes_no_fake_batches():
+    model = net()
+    before = model[1].running_mean.clone()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(images())
+    for batch in (fake, (images().to("meta"), 3), {"input": fake}):
+        message = "recalibrate: a batch is on the meta device or fake and has no values; give real"
+        with pytest.raises(ValueError, match=message):
+            recalibrate(model, [images(), batch])
+        assert torch.equal(model[1].running_mean, before)
