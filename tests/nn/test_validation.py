@@ -347,7 +347,7 @@ def test_torch_raises_the_same_type(fault):
     assert caught.type is fault.error
 
 
-@pytest.mark.parametrize("eps", [0.0, -0.0, 1, float("inf")])
+@pytest.mark.parametrize("eps", [0.0, -0.0, 1.0, float("inf")])
 def test_inference_takes_an_eps_that_is_not_negative(eps):
     x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.tensor([1.0, 2.0, 0.5])
     torch.testing.assert_close(

@@ -65,8 +65,8 @@ def _backward(
     *rest: Any,
 ) -> _Four:
     if x.numel() == 0:
-        fake = _fake_backward(grad_output, x, weight, bias, mean, *rest)
-        return tuple(tensor.zero_() for tensor in fake)
+        one, two, three, four = _fake_backward(grad_output, x, weight, bias, mean, *rest)
+        return one.zero_(), two.zero_(), three.zero_(), four.zero_()
     grad_x, grad_weight, grad_bias, grad_residual = dispatch.backward(
         grad_output, x, weight, bias, mean, *rest
     )
