@@ -122,7 +122,8 @@ def _batch_norm(
     """
     validation.check_input(x)
     validation.check_activation(activation)
-    validation.check_eps(eps, training=training)
+    if not (type(eps) is float and eps > 0):
+        validation.check_eps(eps, training=training)
     validation.check_statistics(running_mean, running_var, training=training)
     validation.check_channels(
         x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
@@ -133,8 +134,12 @@ def _batch_norm(
     if x.numel() == 0:
         return _empty_output(x, weight, bias, residual)
     if training:
-        validation.check_training(x, running_mean, running_var, momentum)
-    learned = validation.require_gradient(running_mean, running_var)
+        validation.check_training(x, momentum)
+    learned = False
+    if running_mean is not None and running_var is not None:
+        learned = running_mean.requires_grad or running_var.requires_grad
+    if learned:
+        learned = validation.may_learn(running_mean, running_var, training=training)
     running, fixed_mean, fixed_var = None, running_mean, running_var
     if training:
         fixed_mean = fixed_var = None

@@ -122,12 +122,7 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
             raise RuntimeError(f"residual must have the input's {rule} {expected}, got {got}.")
 
 
-def check_training(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | Tensor | None,
-) -> None:
+def check_training(x: Tensor, momentum: float | Tensor | None) -> None:
     """Raises if the batch's own statistics cannot normalize it, or not move the running ones."""
     if momentum is None:
         raise TypeError(
@@ -139,20 +134,24 @@ def check_training(
             "Expected more than 1 value per channel when training, got input size "
             f"{tuple(x.shape)}; use a larger batch, freeze the layer, or call eval()."
         )
-    if require_gradient(running_mean, running_var):
+
+
+def may_learn(running_mean: Tensor | None, running_var: Tensor | None, *, training: bool) -> bool:
+    """Tells if the gradient of running statistics, one of which requires it, will be asked for.
+
+    Raises:
+        RuntimeError: It is, in training.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if training:
         mean_does = running_mean is not None and running_mean.requires_grad
         name = "running_mean" if mean_does else "running_var"
         raise RuntimeError(
             f"batch_norm: {name} requires a gradient, but training changes it in place and the "
             f"output does not depend on it; pass {name}.detach()."
         )
-
-
-def require_gradient(running_mean: Tensor | None, running_var: Tensor | None) -> bool:
-    """Tells if the gradient of running statistics is wanted; only inference has it."""
-    if running_mean is None or running_var is None:
-        return False
-    return (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled()
+    return True
 
 
 def check_tangents(x: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
