@@ -23,6 +23,8 @@ NAMES = [
     "_is_functional_tensor",
     "_C._has_storage",
     "_C.__file__",
+    "_C._functorch.is_batchedtensor",
+    "_C._functorch.get_unwrapped",
 ]
 
 
@@ -46,6 +48,22 @@ def test_transforms_are_seen():
     with forward_ad.dual_level():
         assert torch_internals.is_transformed()
         assert not torch_internals.is_func_transformed()
+
+
+def test_tangents_are_seen_also_below_a_vmap():
+    seen = []
+
+    def look(x, y):
+        seen.append((torch_internals.has_tangent(x), torch_internals.has_tangent(y)))
+        return x * y
+
+    ones = torch.ones(2, 3)
+    look(ones, ones)
+    torch.func.jvp(lambda x: look(x, ones), (ones,), (ones,))
+    torch.func.jvp(lambda x: torch.func.vmap(look)(x, ones), (ones,), (ones,))
+    with forward_ad.dual_level():
+        look(ones, forward_ad.make_dual(ones, ones))
+    assert seen == [(False, False), (True, False), (True, False), (False, True)]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
@@ -175,6 +193,11 @@ def test_refused_writes_are_told_apart():
     assert torch_internals.is_write_into_captured(error.value)
     with pytest.raises(RuntimeError, match="vmap") as error:
         torch.func.vmap(lambda x: mapped.copy_(x))(torch.ones(2, 3))
+    assert torch_internals.is_write_under_vmap(error.value)
+    with pytest.raises(RuntimeError, match="not batched") as error:
+        torch.func.vmap(
+            lambda x: torch.nn.functional.batch_norm(x, mapped, torch.ones(3), training=True)
+        )(torch.ones(2, 4, 3))
     assert torch_internals.is_write_under_vmap(error.value)
     other = RuntimeError("something else")
     assert not torch_internals.is_write_into_captured(other)

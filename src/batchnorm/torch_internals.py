@@ -51,6 +51,13 @@ _graph_task: Callable[[], int] = _private(
     "_C._current_graph_task_id", lambda: -1, "recomputed forward passes count as new batches"
 )
 
+_is_mapped: Callable[[Tensor], bool] = _private(
+    "_C._functorch.is_batchedtensor", lambda _: False, "forward mode through vmap fails in training"
+)
+_unmapped: Callable[[Tensor], Tensor] | None = _private(
+    "_C._functorch.get_unwrapped", None, "forward mode through vmap fails in training"
+)
+
 # Hooks on calls and on gradients: attributes of a module, and of torch's module of modules.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS: list[dict[int, Callable[..., Any]]] = [
@@ -101,6 +108,13 @@ def is_real(x: Tensor) -> bool:
 def is_func_transformed() -> bool:
     """Tells if a transform of ``torch.func`` (``grad``, ``vmap``, ...) is active."""
     return KNOWS_TRANSFORMS and _transforms_active()
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Tells if a tensor has a forward-mode tangent, also if ``vmap`` maps over it."""
+    while _unmapped is not None and _is_mapped(tensor):
+        tensor = _unmapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_recorded() -> bool:
@@ -167,4 +181,4 @@ def is_write_into_captured(error: RuntimeError) -> bool:
 
 def is_write_under_vmap(error: RuntimeError) -> bool:
     """Tells if torch refused to write mapped values into a tensor that is not mapped."""
-    return any(words in str(error) for words in ("vmap", "Batching rule"))
+    return any(words in str(error) for words in ("vmap", "Batching rule", "were not batched"))

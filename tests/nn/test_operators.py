@@ -100,6 +100,30 @@ def test_opcheck_of_other_dtypes(dtype):
     opcheck(torch.ops.batchnorm.backward, (x, x, weight, bias, *kept, 1e-5, True, False, None))
 
 
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (2, 0), (0, 3, 4), (2, 3, 0), (0, 0), (2, 0, 5), (0, 3, 2, 2)]
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("relu", "residual"), [(False, False), (True, False), (True, True)])
+def test_empty_tensors_pass_opcheck(shape, training, relu, residual):
+    x, (weight, bias, mean, var) = torch.ones(shape), torch.ones(4, shape[1])
+    mean = 2 * mean
+    fixed = (None, None) if training else (mean, var)
+    rest = (weight, bias, x if residual else None, *fixed, 1e-5, relu, None)
+    opcheck(torch.ops.batchnorm.forward, (x, *rest))
+    y, *kept, mask = torch.ops.batchnorm.forward(x, *rest)
+    assert y.shape == x.shape
+    for statistic, value in zip(kept, (0.0, 0.0) if training else (2.0, 1.0), strict=True):
+        assert statistic.tolist() == [value] * shape[1]
+        assert statistic.dtype == torch.float64
+    mask = mask if residual else None
+    rest = (x, x, weight, bias, *kept, mask, 1e-5, relu, not training, None)
+    opcheck(torch.ops.batchnorm.backward, rest)
+    grad_x, grad_weight, grad_bias, _ = torch.ops.batchnorm.backward(*rest)
+    assert grad_x.shape == x.shape
+    assert grad_weight.tolist() == grad_bias.tolist() == [0.0] * shape[1]
+
+
 class Block(nn.Module):
     """Batch normalization of three channels with parameters and statistics."""
 

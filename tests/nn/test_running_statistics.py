@@ -201,3 +201,97 @@ def test_running_statistics_get_no_graph():
     update_running(mean, var, Moments(5, x.mean(0), x.var(0)), 0.5)
     assert not mean.requires_grad
     assert not var.requires_grad
+
+
+def overflowing(kind, size, dtype):
+    """A batch whose mean, or variance, is about ``size``; the other is small."""
+    x = torch.randn((64, CHANNELS), generator=torch.Generator().manual_seed(0)).double()
+    x = x + size if kind == "mean" else x * size**0.5
+    return x.to(dtype)
+
+
+def overflow_message(kind, dtype):
+    dtype = str(dtype).removeprefix("torch.")
+    what, name = ("mean", "mean") if kind == "mean" else ("variance", "var")
+    remedy = "" if dtype == "float32" else "keep the statistics in float32, or "
+    return (
+        rf"^batch_norm: the {what} of a channel is \d\.\de\+\d\d, more than {dtype} can hold: the "
+        rf"output is right, but a {dtype} running_{name} becomes inf; {remedy}scale the input "
+        r"down\.$"
+    )
+
+
+ROUTES = ["direct", "no_grad", "reference", "grad", "subclass"]
+
+
+def on_route(route, x, mean, var, momentum=0.5):
+    if route == "no_grad":
+        with torch.no_grad():
+            return batch_norm(x, mean, var, training=True, momentum=momentum)
+    if route == "grad":
+        torch.func.grad(lambda x: batch_norm(x, mean, var, training=True, momentum=momentum).sum())(
+            x
+        )
+    elif route == "subclass":
+        x = x.as_subclass(type("Subclass", (torch.Tensor,), {}))
+        batch_norm(x, mean, var, training=True, momentum=momentum)
+    else:
+        backend = "reference" if route == "reference" else None
+        x = x.clone().requires_grad_()
+        batch_norm(x, mean, var, training=True, momentum=momentum, backend=backend)
+    return None
+
+
+# The operator, which does not know the buffers, speaks of float32.
+@pytest.mark.filterwarnings("ignore:batch_norm. the variance .* more than float32:RuntimeWarning")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("kind", "size", "dtype", "x_dtype"),
+    [
+        ("var", 1e7, torch.float16, torch.float32),
+        ("var", 1e7, torch.float16, torch.float16),
+        ("var", 1e9, torch.float16, torch.float64),
+        ("mean", 1e6, torch.float16, torch.float32),
+        ("mean", 1e6, torch.float16, torch.bfloat16),
+        ("var", 1e39, torch.float32, torch.float64),
+        ("var", 1e41, torch.float32, torch.float32),
+        ("mean", 1e40, torch.float32, torch.float64),
+        ("var", 1e41, torch.bfloat16, torch.bfloat16),
+        ("mean", 1e40, torch.bfloat16, torch.float64),
+    ],
+)
+def test_statistics_that_overflow_are_said_in_every_dtype(route, kind, size, dtype, x_dtype):
+    x = overflowing(kind, size, x_dtype)
+    mean, var = torch.zeros(CHANNELS, dtype=dtype), torch.ones(CHANNELS, dtype=dtype)
+    with pytest.warns(RuntimeWarning, match=overflow_message(kind, dtype)):
+        on_route(route, x, mean, var)
+    assert (mean if kind == "mean" else var).isinf().all()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("x", "dtype"),
+    [
+        (overflowing("var", 1e4, torch.float32), torch.float16),
+        (overflowing("var", 1e41, torch.float64), torch.float64),
+        (overflowing("mean", 6e4, torch.float32), torch.float16),
+        (torch.full((4, CHANNELS), torch.inf), torch.float16),
+        (torch.full((4, CHANNELS), torch.nan), torch.float32),
+    ],
+)
+def test_what_fits_or_was_no_number_before_is_not_called_an_overflow(route, x, dtype):
+    """pytest turns warnings into errors."""
+    on_route(route, x, torch.zeros(CHANNELS, dtype=dtype), torch.ones(CHANNELS, dtype=dtype))
+
+
+def test_statistics_that_were_infinite_before_are_not_called_an_overflow():
+    mean, var = torch.full((2, CHANNELS), torch.inf).half()
+    batch_norm(overflowing("var", 4.0, torch.float32), mean, var, training=True)
+    assert var.isinf().all()
+
+
+def test_a_map_over_statistics_that_overflow_does_not_fail():
+    x = torch.stack([overflowing("var", 1e9, torch.float32)] * 2)
+    mean, var = torch.zeros(2, CHANNELS).half(), torch.ones(2, CHANNELS).half()
+    torch.func.vmap(lambda *args: batch_norm(*args, training=True))(x, mean, var)
+    assert var.isinf().all()

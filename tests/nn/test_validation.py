@@ -1,6 +1,7 @@
 """What batch_norm refuses, in which words, and that it then has changed nothing."""
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import batchnorm
 from batchnorm.nn.functional import batch_norm, moments
 
 
@@ -86,6 +88,16 @@ FAULTS = [
         changes={"eps": float("nan")},
         torch_too=False,
     ),
+    *(
+        Fault(
+            f"eps_of_{eps}_in_inference",
+            ValueError,
+            f"batch_norm eps must be non-negative, but got {eps}.",
+            changes={"eps": eps, "training": False},
+            torch_too=eps == eps,
+        )
+        for eps in (-1e-3, -2.0, float("-inf"), float("nan"))
+    ),
     Fault(
         "one_value",
         ValueError,
@@ -101,7 +113,102 @@ FAULTS = [
         shape=(1, 3, 1, 1),
     ),
 ]
+VECTORS = ("running_mean", "running_var", "weight", "bias")
+FLOATING = "{0} must be of a floating dtype, got {1}; convert it with {0}.to(torch.float32)."
+DENSE = "batch_norm expects {0} as a dense tensor, got layout {1}; convert it with {0}.to_dense()."
+
+
+def vector_faults(training):
+    """Vectors that are no dense floating tensors, one at a time."""
+    ones = torch.ones(3)
+    for name in VECTORS:
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            yield Fault(
+                f"{name}_of_{dtype}-{training}",
+                RuntimeError,
+                FLOATING.format(name, dtype),
+                changes={name: ones.to(dtype), "training": training},
+            )
+        for vector in (ones.to_sparse(), ones.to_mkldnn()):
+            yield Fault(
+                f"{name}_of_{vector.layout}-{training}",
+                NotImplementedError,
+                DENSE.format(name, vector.layout),
+                changes={name: vector, "training": training},
+                torch_too=vector.layout == torch.sparse_coo,
+            )
+        yield Fault(
+            f"{name}_as_a_list-{training}",
+            TypeError,
+            f"batch_norm expects {name} as a tensor or None, got list.",
+            changes={name: [1.0, 1.0, 1.0], "training": training},
+        )
+
+
+def input_faults(training):
+    """Inputs that are no dense floating tensors."""
+    x = torch.ones(4, 3, 5, 5)
+    for other in (x.bool(), x.to(torch.uint8), x.to(torch.complex64)):
+        yield Fault(
+            f"{other.dtype}-{training}",
+            NotImplementedError,
+            f"batch_norm expects a floating-point tensor, got {other.dtype}; convert it with "
+            "x.to(torch.float32).",
+            changes={"x": other, "training": training},
+        )
+    with warnings.catch_warnings(action="ignore"):  # Some kinds are new in torch, others leave it.
+        per_channel = torch.ones(3), torch.zeros(3, dtype=torch.int64), 1, torch.quint8
+        quantized_inputs = (
+            torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+            torch.quantize_per_channel(x, *per_channel),
+        )
+        sparse_inputs = x.to_sparse(), x[..., 0, 0].to_sparse_csr(), x.to_mkldnn()
+        parts = [torch.ones(2, 5), torch.ones(3, 5)]
+        nested_inputs = [
+            torch.nested.nested_tensor(parts, layout=layout)
+            for layout in (torch.strided, torch.jagged)
+        ]
+    for quantized in quantized_inputs:
+        yield Fault(
+            f"{quantized.dtype}-{training}",
+            NotImplementedError,
+            f"batch_norm expects a floating-point tensor, got {quantized.dtype}; convert it with "
+            "x.dequantize().",
+            changes={"x": quantized, "training": training},
+        )
+    for other in sparse_inputs:
+        yield Fault(
+            f"{other.layout}-{training}",
+            NotImplementedError,
+            DENSE.format("x", other.layout),
+            changes={"x": other, "training": training},
+            torch_too=other.layout == torch.sparse_coo,
+        )
+    for nested in nested_inputs:
+        yield Fault(
+            f"nested_{nested.layout}-{training}",
+            NotImplementedError,
+            "batch_norm expects x as a dense tensor, got a nested tensor; concatenate its parts "
+            "along their common dimensions.",
+            changes={"x": nested, "training": training},
+            torch_too=False,
+        )
+
+
 UNTYPED_FAULTS = [
+    *vector_faults(training=True),
+    *vector_faults(training=False),
+    *input_faults(training=True),
+    *input_faults(training=False),
+    *(
+        Fault(
+            f"eps_{eps!r}",
+            TypeError,
+            f"batch_norm expects eps as a number, got {eps!r}.",
+            changes={"eps": eps, "training": training},
+        )
+        for eps, training in (("1e-5", True), (None, False), ([1e-5], False))
+    ),
     Fault(
         "list",
         TypeError,
@@ -214,7 +321,8 @@ def assert_refused(fault):
         batch_norm(**call)
     assert caught.type is fault.error
     for name, value in before.items():
-        assert value.device.type == "meta" or torch.equal(call[name], value)
+        ordinary = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+        assert value.device.type == "meta" or not ordinary or torch.equal(call[name], value)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -237,6 +345,23 @@ def test_torch_raises_the_same_type(fault):
     with pytest.raises(fault.error, match=r"\S") as caught:
         F.batch_norm(x, **call)
     assert caught.type is fault.error
+
+
+@pytest.mark.parametrize("eps", [0.0, -0.0, 1.0, float("inf")])
+def test_inference_takes_an_eps_that_is_not_negative(eps):
+    x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.tensor([1.0, 2.0, 0.5])
+    torch.testing.assert_close(
+        batch_norm(x, mean, var, eps=eps), F.batch_norm(x, mean, var, eps=eps)
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_with_a_wrong_eps_is_refused_in_both_modes(training):
+    layer = batchnorm.BatchNorm2d(3, eps=-1.0).train(training)
+    rule = "positive during training" if training else "non-negative"
+    with pytest.raises(ValueError, match=rf"^batch_norm eps must be {rule}, but got -1\.0\.$"):
+        layer(torch.randn(2, 3, 4, 4))
+    assert layer.num_batches_tracked == 0
 
 
 def test_one_value_is_fine_in_inference():

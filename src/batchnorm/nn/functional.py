@@ -15,8 +15,9 @@ from batchnorm.kernels.contract import Running
 from batchnorm.kernels.dispatch import Call
 from batchnorm.moments import Moments, empty
 from batchnorm.nn import autograd, validation
-from batchnorm.nn.route import IN_TRANSFORM, Route, choose
-from batchnorm.nn.running_statistics import count_batch, update_running
+from batchnorm.nn.route import LEARNED, Route, choose, may_read, reason_for_formula
+from batchnorm.nn.running_statistics import count_batch, update_running, warn_of_overflow
+from batchnorm.nn.sharding import evenly_sharded, settled
 
 Activation = Literal["relu"] | None
 
@@ -44,14 +45,15 @@ def batch_norm(
 
     Args:
         x: Input of shape (N, C, ...), any rank of at least two, any floating dtype and layout.
-        running_mean: Changed in place in training; None if not kept.
+        running_mean: Changed in place in training; None if not kept. In inference both statistics
+            are differentiable.
         running_var: Changed in place in training, towards the *unbiased* variance, as in torch.
         weight: The scale γ; None is one.
         bias: The shift β; None is zero.
         training: Normalize by the batch's own statistics.
         momentum: Weight of the *new* batch in the running statistics, usually in [0, 1]; d2l-zh's
             0.9 is 0.1 here. A 0-d tensor is allowed (see `running_statistics.weight_of_new_batch`).
-        eps: Added to the variance, in its unit; positive in training.
+        eps: Added to the variance, in its unit; positive in training, not negative in inference.
         residual: Added before the activation; same shape, dtype and device as ``x``.
         activation: None or ``"relu"``.
         backend: ``"numba"`` or ``"reference"``: obeyed or refused, never replaced. None chooses;
@@ -63,13 +65,14 @@ def batch_norm(
         and merge them in float64.
 
     Raises:
-        TypeError: ``x`` is not a tensor, or ``momentum`` is None in training.
-        NotImplementedError: ``x`` is not of a floating dtype.
+        TypeError: ``x`` or a vector is not a tensor, ``eps`` is not a number, or ``momentum`` is
+            None in training.
+        NotImplementedError: ``x`` is not of a floating dtype, or not dense.
         IndexError: ``x`` has no channel dimension.
-        ValueError: One value a channel in training, ``eps`` not positive in training, only one
-            running statistic, an unknown activation or an unknown backend.
+        ValueError: One value a channel in training, ``eps`` not positive in training or negative in
+            inference, only one running statistic, an unknown activation or an unknown backend.
         RuntimeError: Shapes, dtypes or devices do not fit, running statistics are missing in
-            inference, or the backend asked for cannot take ``x``.
+            inference or require a gradient in training, or the backend asked for cannot take ``x``.
 
     Source:
         Ioffe and Szegedy (2015), "Batch Normalization", algorithms 1 and 2; the behavior at the
@@ -119,6 +122,8 @@ def _batch_norm(
     """
     validation.check_input(x)
     validation.check_activation(activation)
+    if not (type(eps) is float and eps > 0):
+        validation.check_eps(eps, training=training)
     validation.check_statistics(running_mean, running_var, training=training)
     validation.check_channels(
         x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
@@ -129,7 +134,12 @@ def _batch_norm(
     if x.numel() == 0:
         return _empty_output(x, weight, bias, residual)
     if training:
-        validation.check_training(x, eps, momentum)
+        validation.check_training(x, momentum)
+    learned = False
+    if running_mean is not None and running_var is not None:
+        learned = running_mean.requires_grad or running_var.requires_grad
+    if learned:
+        learned = validation.may_learn(running_mean, running_var, training=training)
     running, fixed_mean, fixed_var = None, running_mean, running_var
     if training:
         fixed_mean = fixed_var = None
@@ -138,25 +148,23 @@ def _batch_norm(
     call = Call(
         x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu", backend
     )
-    route = choose(
-        *(x, weight, bias, residual, running_mean, running_var, counter),
-        backend=backend,
-        training=training,
-    )
+    tensors = (x, weight, bias, residual, running_mean, running_var, counter)
+    route = Route.FORMULA if learned else choose(*tensors, backend=backend, training=training)
+    if route is not Route.DIRECT:
+        validation.check_dense(
+            x=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+        )
     if route is Route.DIRECT:
         y, mean, var = autograd.by_backend(route, call, running)
     elif route is Route.OPERATOR:
         y, mean, var = autograd.by_backend(route, call, None)
     elif route is Route.FORMULA:
-        dispatch.require_reference(backend, IN_TRANSFORM)
-        y, mean, var = autograd.by_formula(call)
+        y, mean, var = _by_formula(call, running, LEARNED if learned else reason_for_formula(x))
     else:
         y, mean, var = _by_aten(call)
     if running is not None:
-        if not running.moved:
+        if running.overflowed or not running.moved:
             _update(running, Moments(x.numel() // x.shape[1], mean, var))
-        if route is Route.DIRECT and (running.overflowed or not running.moved):
-            dispatch.warn_of_overflow(x, var)
     elif counter is not None:
         count_batch(counter)
     return y
@@ -189,8 +197,19 @@ def moments(x: Float[Tensor, "n c *spatial"], backend: str | None = None) -> Mom
     chosen = dispatch.choose(x, backend)
     if choose(x, differentiable=x.requires_grad and torch.is_grad_enabled()) is Route.DIRECT:
         return chosen.moments(x)
+    validation.check_dense(x=x)
     dispatch.require_reference(backend, "its moments are differentiated or traced")
-    return reference.moments(x)
+    return reference.moments(evenly_sharded(x))
+
+
+def _by_formula(call: Call, running: Running | None, reason: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a call by the reference's formula, in operations of torch."""
+    dispatch.require_reference(call.backend, reason)
+    if running is not None:
+        validation.check_tangents(call.x, running.mean, running.var)
+    weight, bias = settled(call.weight), settled(call.bias)
+    call = call._replace(x=evenly_sharded(call.x), weight=weight, bias=bias)
+    return autograd.by_formula(call)
 
 
 def _by_aten(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +235,14 @@ def _empty_output(
 
 
 def _update(running: Running, batch: Moments) -> None:
-    """Updates running statistics with the moments of a batch, and counts the batch."""
+    """Updates running statistics and counts the batch, if no backend has; warns of an overflow."""
+    if not running.moved:
+        _move(running, batch)
+    if may_read(running.mean, running.var):
+        warn_of_overflow(running.mean, running.var, batch)
+
+
+def _move(running: Running, batch: Moments) -> None:
     try:
         update_running(running.mean, running.var, batch, running.weight)
     except RuntimeError as error:

@@ -36,6 +36,11 @@ _Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _forward(*arguments: Any) -> _Four:
     call = Call(*arguments)
+    if call.x.numel() == 0:  # No backend takes it.
+        y, mean, var, mask = _fake_forward(*arguments)
+        for vector, fixed in ((mean, call.fixed_mean), (var, call.fixed_var)):
+            vector.zero_() if fixed is None else vector.copy_(fixed)
+        return y, mean, var, mask
     y, mean, var, mask = dispatch.forward(call)
     if call.fixed_mean is None:
         dispatch.warn_of_overflow(call.x, var)
@@ -59,6 +64,9 @@ def _backward(
     mean: Tensor,
     *rest: Any,
 ) -> _Four:
+    if x.numel() == 0:
+        one, two, three, four = _fake_backward(grad_output, x, weight, bias, mean, *rest)
+        return one.zero_(), two.zero_(), three.zero_(), four.zero_()
     grad_x, grad_weight, grad_bias, grad_residual = dispatch.backward(
         grad_output, x, weight, bias, mean, *rest
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from batchnorm import torch_internals
 from batchnorm.kernels import dispatch
 from batchnorm.nn import validation
+from batchnorm.nn.sharding import is_sharded
 
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -29,8 +30,8 @@ class Route(Enum):
             run. For everything that torch has to see: compiled code, fake tensors, subclasses,
             other devices.
         FORMULA: The reference's formula in ordinary torch operations, differentiable to any order.
-            For ``torch.func`` transforms, forward mode and gradients of gradients
-            (``docs/decisions/0002-higher-derivatives.md``).
+            For ``torch.func`` transforms, forward mode, gradients of gradients and tensors spread
+            over processes (``docs/decisions/0002-higher-derivatives.md``).
         ATEN: ``torch.nn.functional.batch_norm`` in inference, the formula in training. For graphs
             that run without this library, or that a compiler fuses
             (``docs/decisions/0003-exported-programs-hold-aten-only.md``).
@@ -64,7 +65,9 @@ def choose(
         return Route.FORMULA
     if not compiling and may_skip_dispatcher(*tensors):
         return Route.DIRECT
-    return Route.FORMULA if torch_internals.is_transformed() else Route.OPERATOR
+    if torch_internals.is_transformed() or any(map(is_sharded, tensors)):
+        return Route.FORMULA
+    return Route.OPERATOR
 
 
 def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
@@ -90,6 +93,16 @@ def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def may_read(*tensors: Tensor) -> bool:
+    """Tells if the values of tensors are there to be looked at, and without waiting for a device.
+
+    In compiled code and while something records, the look itself would become a part of the graph.
+    """
+    if torch.compiler.is_compiling() or torch_internals.is_recorded():
+        return False
+    return all(tensor.is_cpu for tensor in tensors)
 
 
 def which_backend(x: Tensor, backend: str | None = None, *, training: bool = True) -> str:
@@ -125,10 +138,10 @@ operator torch.ops.batchnorm.forward.
         return "Nothing computes this input, because it is empty."
     route = choose(x, backend=backend, training=training)
     if route is Route.FORMULA:
-        dispatch.require_reference(backend, IN_TRANSFORM)
+        reason = reason_for_formula(x)
+        dispatch.require_reference(backend, reason)
         return (
-            "The reference's formula computes this input, in ordinary torch operations: "
-            f"{IN_TRANSFORM}."
+            f"The reference's formula computes this input, in ordinary torch operations: {reason}."
         )
     if route is Route.ATEN:
         return "torch's own operations compute this input, because it is compiled or exported."
@@ -138,4 +151,10 @@ operator torch.ops.batchnorm.forward.
     return f"{text} torch calls it through the operator torch.ops.batchnorm.forward."
 
 
+def reason_for_formula(x: Tensor) -> str:
+    """Says why the formula computes ``x`` and not a backend."""
+    return "it is a DTensor" if is_sharded(x) else IN_TRANSFORM
+
+
+LEARNED = "its running statistics require a gradient"
 IN_TRANSFORM = "it is inside a transform (torch.func, vmap or forward mode)"

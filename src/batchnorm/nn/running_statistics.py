@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from batchnorm import torch_internals
 from batchnorm.moments import Moments, unbiased_var
@@ -72,15 +75,61 @@ def count_batch(num_batches_tracked: Tensor) -> None:
 def write_buffer(buffer: Tensor, value: Tensor) -> None:
     """Writes ``value`` into ``buffer``, also where ``torch.func.grad`` captured the buffer.
 
-    Of torch's ways to write into a captured tensor, ``out=`` is the one that it allows; and that
-    one is not allowed under ``vmap``.
+    torch refuses every operation in place there, and under ``vmap`` every ``out=`` as well. What it
+    allows under both is its own batch norm, which sets a running mean to the mean of two equal
+    values if the weight of the new batch is one.
     """
     try:
         buffer.copy_(value)
     except RuntimeError as error:
         if not torch_internals.is_write_into_captured(error):
             raise
-        torch.add(value, 0, out=buffer)
+        if not buffer.is_floating_point():
+            torch.add(value, 0, out=buffer)
+            return
+        value = value.to(buffer.dtype).detach()
+        F.batch_norm(
+            torch.stack((value, value)),
+            buffer,
+            torch.ones_like(buffer),
+            training=True,
+            momentum=1.0,
+        )
+
+
+def warn_of_overflow(running_mean: Tensor, running_var: Tensor, batch: Moments) -> None:
+    """Warns if a running statistic became infinite because its dtype cannot hold the batch's.
+
+    Under ``vmap``, which shows no values, it says nothing.
+    """
+    statistics = ("mean", running_mean, batch.mean), ("var", running_var, unbiased_var(batch))
+    for name, buffer, value in statistics:
+        try:
+            lost = _lost(buffer, value)
+        except RuntimeError:
+            return
+        if lost is None:
+            continue
+        what, found = ("variance", batch.var) if name == "var" else (name, value)
+        dtype = str(buffer.dtype).removeprefix("torch.")
+        remedy = "" if dtype in ("float32", "float64") else "keep the statistics in float32, or "
+        warnings.warn(
+            f"batch_norm: the {what} of a channel is {found[lost].abs().max().item():.1e}, more "
+            f"than {dtype} can hold: the output is right, but a {dtype} running_{name} becomes "
+            f"inf; {remedy}scale the input down.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _lost(buffer: Tensor, value: Tensor) -> Tensor | None:
+    """Marks the channels whose statistic became infinite by a finite value, if there are some."""
+    infinite = buffer.isinf()
+    if not infinite.any():
+        return None
+    largest = torch.finfo(buffer.dtype).max
+    lost = infinite & value.isfinite() & (value.abs() > largest)
+    return lost if lost.any() else None
 
 
 def _moved(running: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:

@@ -6,7 +6,10 @@ changed.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from batchnorm import torch_internals
 
 ACTIVATIONS = (None, "relu")
 
@@ -16,9 +19,9 @@ def check_input(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"batch_norm expects a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
+        remedy = "x.dequantize()" if x.is_quantized else "x.to(torch.float32)"
         raise NotImplementedError(
-            f"batch_norm expects a floating-point tensor, got {x.dtype}; "
-            "convert it with x.to(torch.float32)."
+            f"batch_norm expects a floating-point tensor, got {x.dtype}; convert it with {remedy}."
         )
     if x.dim() < 2 and x.numel() > 0:
         raise IndexError(
@@ -32,23 +35,63 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
 
 
+def check_eps(eps: float, *, training: bool) -> None:
+    """Raises if ``eps`` may leave nothing, or something negative, under the square root."""
+    try:
+        fits = eps > 0 if training else eps >= 0
+    except TypeError:
+        raise TypeError(f"batch_norm expects eps as a number, got {eps!r}.") from None
+    if not fits:
+        rule = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {rule}, but got {eps}.")
+
+
 def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
     """Raises if a vector does not hold one value a channel, on x's device."""
-    channels, on_cpu = x.shape[1] if x.dim() > 1 else 0, x.is_cpu
-    fitting = (channels,)
+    try:
+        channels, on_cpu = x.shape[1] if x.dim() > 1 else 0, x.is_cpu
+    except RuntimeError:  # A nested tensor has no shape.
+        check_dense(x=x)
+        raise
+    fitting, dtype = (channels,), x.dtype
     for name, vector in vectors.items():
         if vector is None:
             continue
-        if vector.shape != fitting:
+        try:
+            fits = vector.shape == fitting
+        except AttributeError:
+            raise TypeError(
+                f"batch_norm expects {name} as a tensor or None, got {type(vector).__name__}."
+            ) from None
+        if not fits:
+            check_dense(x=x)
             raise RuntimeError(
                 f"{name} should contain {channels} elements, one a channel (dimension 1 of the "
                 f"input of shape {tuple(x.shape)}), got shape {tuple(vector.shape)}"
                 f"{_hint(x, vector)}."
             )
+        if vector.dtype is not dtype and not vector.is_floating_point():
+            raise RuntimeError(
+                f"{name} must be of a floating dtype, got {vector.dtype}; convert it with "
+                f"{name}.to(torch.float32)."
+            )
         if not (on_cpu and vector.is_cpu) and vector.device != x.device:
             raise RuntimeError(
                 f"{name} must be on the input's device {x.device}, got {vector.device}."
             )
+
+
+def check_dense(**tensors: Tensor | None) -> None:
+    """Raises if a tensor is no ordinary array; such a tensor never takes the direct route."""
+    for name, tensor in tensors.items():
+        if tensor is None or (tensor.layout == torch.strided and not tensor.is_nested):
+            continue
+        kind, remedy = f"layout {tensor.layout}", f"convert it with {name}.to_dense()"
+        if tensor.is_nested:
+            kind, remedy = "a nested tensor", "concatenate its parts along their common dimensions"
+        raise NotImplementedError(
+            f"batch_norm expects {name} as a dense tensor, got {kind}; {remedy}."
+        )
 
 
 def check_statistics(
@@ -79,20 +122,48 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
             raise RuntimeError(f"residual must have the input's {rule} {expected}, got {got}.")
 
 
-def check_training(x: Tensor, eps: float, momentum: float | Tensor | None) -> None:
+def check_training(x: Tensor, momentum: float | Tensor | None) -> None:
     """Raises if the batch's own statistics cannot normalize it, or not move the running ones."""
     if momentum is None:
         raise TypeError(
             "batch_norm expects momentum as a number or a 0-d tensor, got None; for the cumulative "
             "average pass 1 / (num_batches_tracked + 1)."
         )
-    if not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}.")
     if x.numel() == x.shape[1]:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{tuple(x.shape)}; use a larger batch, freeze the layer, or call eval()."
         )
+
+
+def may_learn(running_mean: Tensor | None, running_var: Tensor | None, *, training: bool) -> bool:
+    """Tells if the gradient of running statistics, one of which requires it, will be asked for.
+
+    Raises:
+        RuntimeError: It is, in training.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if training:
+        mean_does = running_mean is not None and running_mean.requires_grad
+        name = "running_mean" if mean_does else "running_var"
+        raise RuntimeError(
+            f"batch_norm: {name} requires a gradient, but training changes it in place and the "
+            f"output does not depend on it; pass {name}.detach()."
+        )
+    return True
+
+
+def check_tangents(x: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+    """Raises if training would have to push tangents of ``x`` into those of the statistics."""
+    if not torch_internals.has_tangent(x):
+        return
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if torch_internals.has_tangent(buffer):
+            raise RuntimeError(
+                f"batch_norm: the input and {name} have forward-mode tangents, but training does "
+                f"not differentiate the update of {name}; pass it without a tangent."
+            )
 
 
 def _hint(x: Tensor, vector: Tensor) -> str:
