@@ -17,9 +17,9 @@ from batchnorm.kernels.contract import Running
 from batchnorm.kernels.dispatch import Call
 from batchnorm.moments import Moments, empty, unbiased_var
 from batchnorm.nn import autograd, validation
-from batchnorm.nn.captures import in_torchscript
 from batchnorm.nn.route import IN_TRANSFORM, Route, choose
 from batchnorm.nn.running_statistics import count_batch, update_running
+from batchnorm.nn.scripting import in_torchscript
 
 Activation = Literal["relu"] | None
 

@@ -8,25 +8,31 @@ activation.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.jit import is_scripting
 
-from batchnorm.nn.captures import in_torchscript, node_of
 from batchnorm.nn.converters import Eps
 from batchnorm.nn.functional import Activation, _batch_norm
 from batchnorm.nn.running_statistics import weight_of_new_batch
+from batchnorm.nn.scripting import in_torchscript
 from batchnorm.nn.validation import check_activation
+
+AS_LEAF = nn.BatchNorm1d.__module__
+"""The ``__module__`` of a layer, the object and not its class.
+
+There ``torch.fx`` looks for the modules of ``torch.nn``, which it records as one node each.
+"""
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """The constructor and the forward pass that all layers share."""
 
     activation: Activation = None
-    eps: Any = Eps()
+    eps: float = cast("float", Eps())
     shapes: ClassVar[dict[int, str]]
     ranks: ClassVar[tuple[int, ...]]
     __constants__: ClassVar[list[str]] = [*nn.modules.batchnorm._BatchNorm.__constants__, "ranks"]
@@ -68,6 +74,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         options = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(*options, **_without(bias))
         self.activation = activation
+        self.__dict__["__module__"] = AS_LEAF
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalizes ``input``, adds ``residual`` and applies the activation.
@@ -87,11 +94,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if is_scripting():
             return self._in_torchscript(input, residual)
         else:
-            weight = self.weight
-            if type(input) is not Tensor or residual is not None or isinstance(weight, Proxy):
-                node = node_of(self, input, residual, weight)
-                if node is not None:
-                    return node
             self._check_input_dim(input)
             tracks = self.training and self.track_running_stats
             uses_buffers = tracks or not self.training
@@ -101,7 +103,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 input,
                 running_mean,
                 running_var,
-                weight,
+                self.weight,
                 self.bias,
                 self.training or running_mean is None,
                 self._weight_of_this_batch() if tracks and running_mean is not None else 0.0,
@@ -126,7 +128,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"batch_norm got an input of rank {input.dim()}.")
         tracks = self.training and self.track_running_stats
         counter = self.num_batches_tracked
-        momentum = 0.0 if self.momentum is None else self.momentum
+        momentum = 0.0
+        if self.momentum is not None:
+            momentum = self.momentum
         if tracks and counter is not None:
             counter.add_(1)
             if self.momentum is None:
@@ -139,7 +143,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             var,
             self.weight,
             self.bias,
-            self.training or mean is None,
+            self.training or self.running_mean is None,
             momentum,
             self.eps,
             residual,
@@ -149,6 +153,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() in self.shapes:
             return
+        if isinstance(input, Proxy):
+            raise TypeError(
+                f"torch.fx can record a {type(self).__name__} only as one node; trace a model that "
+                "holds it, such as torch.nn.Sequential(layer), with a tracer whose is_leaf_module "
+                "is true for it."
+            )
         ranks = " or ".join(f"{rank}-D input {shape}" for rank, shape in self.shapes.items())
         name = type(self).__name__
         raise ValueError(f"{name} expects a {ranks}, got shape {tuple(input.shape)}.")
@@ -208,6 +218,8 @@ LAYERS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 class _LazyBatchNorm(_BatchNorm):
     """A wrong first input leaves the layer uninitialized."""
 
+    shapes: ClassVar[dict[int, str]]  # TorchScript reads the annotations of the nearest class.
+
     def __init__(
         self,
         eps: float = 1e-5,
@@ -225,6 +237,7 @@ class _LazyBatchNorm(_BatchNorm):
         options: Any = (eps, momentum, affine, track_running_stats, device, dtype)
         super(_BatchNorm, self).__init__(*options, **_without(bias))
         self.activation = activation
+        self.__dict__["__module__"] = AS_LEAF
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Checks the rank, then takes ``num_features`` from ``input``."""
