@@ -15,6 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,6 +59,9 @@ _trace: Callable[[], object] = _private(
 _graph_task: Callable[[], int] = _private(
     "_C._current_graph_task_id", lambda: -1, "recomputed forward passes count as new batches"
 )
+_profiler: Any = profiler
+if _private("autograd.profiler._is_profiler_enabled", None, "profilers show no layers") is None:
+    _profiler = SimpleNamespace(_is_profiler_enabled=False)
 
 # Hooks on calls and on gradients: attributes of a module, and of torch's module of modules.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -99,7 +103,7 @@ def is_traced() -> bool:
 
 def is_profiled() -> bool:
     """Tells if a profiler of torch runs, in this thread or another."""
-    return profiler._is_profiler_enabled
+    return _profiler._is_profiler_enabled
 
 
 def has_saved_tensor_hooks() -> bool:

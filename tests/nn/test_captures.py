@@ -118,6 +118,20 @@ def test_fx_calls_hooks_when_the_graph_runs_and_not_before():
     assert seen == [Tensor]
 
 
+class Scaled(batchnorm.BatchNorm2d):
+    """A user's subclass."""
+
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_fx_records_a_subclass_as_one_node():
+    model = nn.Sequential(Scaled(3)).eval()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert_close(traced(images()), model(images()))
+
+
 def test_fx_records_the_function_as_one_node():
     def call(x, mean, var, weight):
         return batchnorm.batch_norm(x, mean, var, weight, residual=x, activation="relu")

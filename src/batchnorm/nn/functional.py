@@ -253,7 +253,7 @@ def _by_aten(call: Call, running: Running | None, counter: Tensor | None) -> Ten
         with torch_internals.exported_as(None):
             y = y if residual is None else y + residual
         with torch_internals.exported_as(nn.ReLU):
-            y = y.relu() if relu else y
+            y = F.relu(y) if relu else y
         if running is not None and mean is None:
             batch = reference.moments(x.detach())
     else:
