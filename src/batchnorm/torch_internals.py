@@ -51,7 +51,8 @@ _top_hooks: Callable[[bool], object] = _private(
     lambda _: True,
     "running statistics are updated outside of the kernels, which is slower",
 )
-_trace: Callable[[], object] = _private(
+# What ``torch.jit.trace`` records into; None if it does not run.
+tracing_state: Callable[[], object] = _private(
     "_C._get_tracing_state",
     lambda: torch.jit.is_tracing() or None,
     "layers ask torch.jit.is_tracing, which is slower",
@@ -93,12 +94,12 @@ def is_func_transformed() -> bool:
 
 def is_recorded() -> bool:
     """Tells if a ``TorchDispatchMode`` (as for fake tensors) or ``torch.jit.trace`` is active."""
-    return _mode_depth() > 0 or _trace() is not None
+    return _mode_depth() > 0 or tracing_state() is not None
 
 
 def is_traced() -> bool:
     """Tells if ``torch.jit.trace`` records."""
-    return _trace() is not None
+    return tracing_state() is not None
 
 
 def is_profiled() -> bool:

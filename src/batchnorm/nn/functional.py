@@ -130,7 +130,7 @@ def _batch_norm(
     Both happen in one place because a kernel can count while it updates the statistics; a separate
     operation would cost as much as the update.
     """
-    if torch_internals.is_traced() and backend is None:
+    if torch_internals.tracing_state() is not None and backend is None:
         vectors = (running_mean, running_var, weight, bias)
         if _torch_takes(x, *vectors):
             # A trace records each look at a shape; torch's operator checks what we check below.
