@@ -32,8 +32,8 @@ class Route(Enum):
         FORMULA: The reference's formula in ordinary torch operations, differentiable to any order.
             For ``torch.func`` transforms, forward mode, gradients of gradients and tensors spread
             over processes (``docs/decisions/0002-higher-derivatives.md``).
-        ATEN: ``torch.nn.functional.batch_norm`` in inference, the formula in training. For graphs
-            that run without this library, or that a compiler fuses
+        ATEN: ``torch.nn.functional.batch_norm``; the formula where torch's does not take the
+            dtypes. For graphs that run without this library, or that a compiler fuses
             (``docs/decisions/0003-exported-programs-hold-aten-only.md``).
     """
 
@@ -67,7 +67,7 @@ def choose(
         return Route.DIRECT
     if torch_internals.is_transformed() or any(map(is_sharded, tensors)):
         return Route.FORMULA
-    return Route.OPERATOR
+    return Route.ATEN if backend is None and torch_internals.is_traced() else Route.OPERATOR
 
 
 def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
@@ -144,7 +144,9 @@ operator torch.ops.batchnorm.forward.
             f"The reference's formula computes this input, in ordinary torch operations: {reason}."
         )
     if route is Route.ATEN:
-        return "torch's own operations compute this input, because it is compiled or exported."
+        return (
+            "torch's own operations compute this input, because it is compiled, exported or traced."
+        )
     text = dispatch.describe(x, backend)
     if route is Route.DIRECT:
         return text
