@@ -90,9 +90,9 @@ def _fold(rows: int, width: int) -> int:
 
 def mask_size(x: Tensor) -> int | torch.SymInt:
     """Returns a size in bytes that any geometry of ``x`` fits into; symbolic in a trace."""
+    length = math.prod(x.shape[2:])
     if is_channels_last(x) or x.dim() == 2:
-        return x.numel() // x.shape[1] * ((x.shape[1] + 7) // 8)
-    length = x.numel() // (x.shape[0] * x.shape[1])
+        return x.shape[0] * length * ((x.shape[1] + 7) // 8)
     return x.shape[0] * x.shape[1] * ((length + 7) // 8)
 
 

@@ -143,8 +143,8 @@ def _update_running(task, c, mean, var):
         narrow_variances = array_at(task.running_var, shape, np.float32)
         new = old * float(narrow_means[c]) + by_mean, old * float(narrow_variances[c]) + by_var
         narrow_means[c], narrow_variances[c] = new
-    if var > LARGEST_FLOAT32:
-        task.overflowed = 1
+        if max(abs(new[0]), new[1]) > LARGEST_FLOAT32:
+            task.overflowed = 1
     if c == 0 and task.counter:
         array_at(task.counter, (1,), np.int64)[0] += 1
 
