@@ -123,6 +123,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def has_output_hooks(module: nn.Module) -> bool:
+    """Tells if somebody listens to the outputs of this module, or to their gradients."""
+    return any(getattr(module, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks")
+
+
 def global_hooks() -> list[Callable[..., Any]]:
     """The hooks that run for every module (``register_module_forward_hook`` and its kin)."""
     if not any(_GLOBAL_HOOKS):

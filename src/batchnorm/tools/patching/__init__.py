@@ -7,6 +7,7 @@ these changes lives in that tool.
 
 from batchnorm.tools.patching.attributes import (
     FALSE_UNTIL_COPIED,
+    change_class,
     temporary_attributes,
     without_buffer_broadcast,
 )
@@ -18,7 +19,12 @@ from batchnorm.tools.patching.buffers import (
 )
 from batchnorm.tools.patching.handle import Handle
 from batchnorm.tools.patching.inputs import listen
-from batchnorm.tools.patching.methods import ReplacedMethod, install
+from batchnorm.tools.patching.methods import (
+    ReplacedMethod,
+    install,
+    is_replaced_by_others,
+    replacements,
+)
 from batchnorm.tools.patching.recomputation import (
     RecomputationHook,
     is_recomputing,
@@ -26,15 +32,18 @@ from batchnorm.tools.patching.recomputation import (
     updates_suppressed,
 )
 from batchnorm.tools.patching.selection import (
+    ACCELERATED_MARK,
     FROZEN_MARK,
     LayerSelection,
     batch_norms,
+    has_accelerated_mark,
     has_frozen_mark,
     has_running_statistics,
     is_frozen,
 )
 
 __all__ = [
+    "ACCELERATED_MARK",
     "FALSE_UNTIL_COPIED",
     "FROZEN_MARK",
     "Handle",
@@ -45,13 +54,17 @@ __all__ = [
     "SavedTensors",
     "StandInBuffers",
     "batch_norms",
+    "change_class",
+    "has_accelerated_mark",
     "has_frozen_mark",
     "has_running_statistics",
     "install",
     "is_frozen",
     "is_recomputing",
     "is_repeated",
+    "is_replaced_by_others",
     "listen",
+    "replacements",
     "temporary_attributes",
     "updates_suppressed",
     "without_buffer_broadcast",

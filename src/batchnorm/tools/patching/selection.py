@@ -15,6 +15,8 @@ layer's name and the layer; or None for all."""
 
 FROZEN_MARK = "_batchnorm_frozen"
 """Attribute that `batchnorm.freeze` sets on a layer."""
+ACCELERATED_MARK = "_batchnorm_accelerated"
+"""Attribute that `batchnorm.accelerate` sets on a layer or a block, beside its forward."""
 _SHOWN = 5
 """Names of layers in a message; more would bury what it says."""
 
@@ -72,6 +74,11 @@ def is_frozen(model: nn.Module) -> bool:
     """
     found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return bool(found) and all(map(has_frozen_mark, found))
+
+
+def has_accelerated_mark(module: nn.Module) -> bool:
+    """Tells if `batchnorm.accelerate` replaced the forward of this one module."""
+    return vars(module).get(ACCELERATED_MARK, False)
 
 
 def has_frozen_mark(layer: nn.Module) -> bool:

@@ -14,7 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.moments import Moments, empty, merge_moments
 from batchnorm.nn import functional
 from batchnorm.nn.layers import LAYERS
-from batchnorm.tools.patching import Handle, listen, temporary_attributes
+from batchnorm.tools.patching import (
+    Handle,
+    has_accelerated_mark,
+    listen,
+    temporary_attributes,
+)
 
 FEWEST_CHUNKS = 8
 """A spread between fewer chunks says little, so there is no standard error."""
@@ -61,8 +66,9 @@ class MomentCollector:
         assert layer.running_mean is not None
         assert layer.running_var is not None
         self.name, self.layer = name, layer
-        # Our layers take float64 statistics beside an input of any dtype, torch's do not.
-        dtype = torch.float64 if isinstance(layer, LAYERS) else layer.running_mean.dtype
+        # Our kernels take float64 statistics beside an input of any dtype, torch's do not.
+        is_ours = isinstance(layer, LAYERS) or has_accelerated_mark(layer)
+        dtype = torch.float64 if is_ours else layer.running_mean.dtype
         self._mean = layer.running_mean.detach().to(dtype, copy=True)
         self._var = layer.running_var.detach().to(dtype, copy=True)
         self._thread = threading.get_ident()
