@@ -235,8 +235,9 @@ def _check_replicas(model: nn.Module) -> None:
 
 
 def _looks_like_batch_norm(module: nn.Module) -> bool:
-    own = dict(module.named_buffers(recurse=False))
-    return "running_mean" in own and "running_var" in own
+    """Tells if a module keeps a running mean and variance, under torch's names or d2l's."""
+    own = vars(module).keys() | module._buffers.keys()
+    return {"running_mean", "running_var"} <= own or {"moving_mean", "moving_var"} <= own
 
 
 def _check_initialized(model: nn.Module) -> None:
