@@ -10,13 +10,16 @@ hooks of modules and the engine's callback have no such replacement; tools need 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, Variable, forward_ad
+from torch.autograd import Function, Variable, forward_ad, profiler
 from torch.nn.modules import module as torch_module
 
 
@@ -46,6 +49,11 @@ _top_hooks: Callable[[bool], object] = _private(
     "_C._autograd._top_saved_tensors_default_hooks",
     lambda _: True,
     "running statistics are updated outside of the kernels, which is slower",
+)
+_trace: Callable[[], object] = _private(
+    "_C._get_tracing_state",
+    lambda: torch.jit.is_tracing() or None,
+    "layers ask torch.jit.is_tracing, which is slower",
 )
 _graph_task: Callable[[], int] = _private(
     "_C._current_graph_task_id", lambda: -1, "recomputed forward passes count as new batches"
@@ -81,7 +89,17 @@ def is_func_transformed() -> bool:
 
 def is_recorded() -> bool:
     """Tells if a ``TorchDispatchMode`` (as for fake tensors) or ``torch.jit.trace`` is active."""
-    return _mode_depth() > 0 or torch.jit.is_tracing()
+    return _mode_depth() > 0 or _trace() is not None
+
+
+def is_traced() -> bool:
+    """Tells if ``torch.jit.trace`` records."""
+    return _trace() is not None
+
+
+def is_profiled() -> bool:
+    """Tells if a profiler of torch runs, in this thread or another."""
+    return profiler._is_profiler_enabled
 
 
 def has_saved_tensor_hooks() -> bool:
@@ -136,10 +154,50 @@ def global_hooks() -> list[Callable[..., Any]]:
 
 
 def is_write_into_captured(error: RuntimeError) -> bool:
-    """Tells if torch refused to write into a tensor that ``torch.func.grad`` captured."""
-    return "mutate a captured Tensor" in str(error)
+    """Tells if torch refused to write into a tensor that a transform captured.
+
+    ``torch.func.grad`` does, and ``torch.func.functionalize``.
+    """
+    words = ("mutate a captured Tensor", "mutating a non-functional tensor")
+    return any(word in str(error) for word in words)
 
 
 def is_write_under_vmap(error: RuntimeError) -> bool:
     """Tells if torch refused to write mapped values into a tensor that is not mapped."""
     return any(words in str(error) for words in ("vmap", "Batching rule"))
+
+
+@contextmanager
+def exported_as(module_class: type[nn.Module] | None) -> Iterator[None]:
+    """Notes what an export records in the block as the work of a module of ``torch.nn``.
+
+    Quantizers look for its classes in these notes, by name. Nothing changes outside of an export,
+    and where no batch norm layer is exported.
+
+    Args:
+        module_class: ``_BatchNorm`` for torch's class of the layer; another class for a part of
+            the layer; None for the module that calls the layer.
+    """
+    stack = None if torch.compiler.is_dynamo_compiling() else _exported_modules()
+    path, layer_class = next(reversed(stack.values())) if stack else ("", nn.Module)
+    bases = [base for base in layer_class.__mro__ if base.__module__ == nn.BatchNorm1d.__module__]
+    if not stack or not bases:
+        yield
+        return
+    before, (key, _) = dict(stack), stack.popitem()
+    if module_class is nn.modules.batchnorm._BatchNorm:
+        stack[key] = (path, bases[0])
+    elif module_class is not None:
+        stack[key] = (f"{path}.{module_class.__name__.lower()}", module_class)
+    try:
+        yield
+    finally:
+        stack.clear()
+        stack.update(before)
+
+
+def _exported_modules() -> OrderedDict[str, tuple[str, type[nn.Module]]] | None:
+    """Path and class of the modules whose call an export records now, the innermost last."""
+    proxy_tensor: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    get_mode = getattr(proxy_tensor, "get_proxy_mode", lambda: None)
+    return getattr(getattr(get_mode(), "tracer", None), "module_stack", None)

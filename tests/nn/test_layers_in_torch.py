@@ -176,6 +176,34 @@ def test_functional_call_changes_only_the_state_it_is_given():
     assert given["1.num_batches_tracked"] == 1
 
 
+@each_momentum
+@each_mode
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_functionalize(momentum, training, activation):
+    plain = network(momentum=momentum, activation=activation).train(training)
+    model = copy.deepcopy(plain)
+
+    for seed in range(3):
+        x = images(seed)
+        assert_close(torch.func.functionalize(model)(x), plain(x))
+        assert_close(state(model), state(plain))
+
+
+def test_functionalize_around_other_transforms():
+    plain = network(track_running_stats=True)
+    model = copy.deepcopy(plain)
+    x = images()
+
+    def loss(module):
+        return lambda x: module(x).square().sum()
+
+    got = torch.func.functionalize(torch.func.grad(loss(model)))(x)
+    assert_close(got, torch.func.grad(loss(plain))(x))
+    assert_close(state(model), state(plain))
+    mapped = torch.func.functionalize(torch.func.vmap(model.eval()))(x[None])
+    assert_close(mapped[0], plain.eval()(x))
+
+
 def test_averaged_model_and_update_bn():
     ours, torchs = network(), network(nn.BatchNorm2d)
     averaged, expected = swa_utils.AveragedModel(ours), swa_utils.AveragedModel(torchs)
@@ -202,11 +230,12 @@ def test_fuse_conv_bn_eval():
 
 
 def test_convert_sync_batchnorm_takes_the_state_and_loses_the_activation():
-    """Torch builds its own layer, which knows nothing of an activation."""
+    """Torch builds its own layer, which knows nothing of an activation; but not in silence."""
     model = network(momentum=0.3, activation="relu")
     before = state(model)
 
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.warns(UserWarning, match="reads eps of a BatchNorm2d with activation='relu'"):
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     assert type(converted[1]) is nn.SyncBatchNorm
     assert converted[1].momentum == 0.3

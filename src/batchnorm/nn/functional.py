@@ -6,17 +6,20 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import torch_internals
 from batchnorm.kernels import dispatch, reference
 from batchnorm.kernels.contract import Running
 from batchnorm.kernels.dispatch import Call
-from batchnorm.moments import Moments, empty
+from batchnorm.moments import Moments, empty, unbiased_var
 from batchnorm.nn import autograd, validation
 from batchnorm.nn.route import IN_TRANSFORM, Route, choose
 from batchnorm.nn.running_statistics import count_batch, update_running
+from batchnorm.nn.scripting import in_torchscript
 
 Activation = Literal["relu"] | None
 
@@ -82,6 +85,12 @@ def batch_norm(
         tensor([[-1.],
                 [ 1.]])
     """
+    if not (isinstance(x, Tensor) and (weight is None or isinstance(weight, Tensor))):
+        operands = (x, running_mean, running_var, weight, bias, residual)
+        if has_torch_function(operands):  # torch.fx records the call as one node.
+            arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+            options = {"residual": residual, "activation": activation, "backend": backend}
+            return handle_torch_function(batch_norm, operands, *arguments, **options)
     return _batch_norm(
         x,
         running_mean,
@@ -96,6 +105,10 @@ def batch_norm(
         activation,
         backend,
     )
+
+
+# torch.jit.script asks for this attribute and compiles the function that it gives.
+batch_norm.__prepare_scriptable__ = lambda: in_torchscript  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _batch_norm(
@@ -117,6 +130,12 @@ def _batch_norm(
     Both happen in one place because a kernel can count while it updates the statistics; a separate
     operation would cost as much as the update.
     """
+    if torch_internals.is_traced() and backend is None:
+        vectors = (running_mean, running_var, weight, bias)
+        if _torch_takes(x, *vectors):
+            # A trace records each look at a shape; torch's operator checks what we check below.
+            options = (training, momentum, eps, counter, residual, activation)
+            return _in_trace(x, *vectors, *options)
     validation.check_input(x)
     validation.check_activation(activation)
     validation.check_statistics(running_mean, running_var, training=training)
@@ -143,15 +162,19 @@ def _batch_norm(
         backend=backend,
         training=training,
     )
+    if route is Route.ATEN:
+        return _by_aten(call, running, counter)
     if route is Route.DIRECT:
-        y, mean, var = autograd.by_backend(route, call, running)
+        if torch_internals.is_profiled():
+            with record_function("batchnorm::forward"):
+                y, mean, var = autograd.by_backend(route, call, running)
+        else:
+            y, mean, var = autograd.by_backend(route, call, running)
     elif route is Route.OPERATOR:
         y, mean, var = autograd.by_backend(route, call, None)
-    elif route is Route.FORMULA:
+    else:
         dispatch.require_reference(backend, IN_TRANSFORM)
         y, mean, var = autograd.by_formula(call)
-    else:
-        y, mean, var = _by_aten(call)
     if running is not None:
         if not running.moved:
             _update(running, Moments(x.numel() // x.shape[1], mean, var))
@@ -193,16 +216,64 @@ def moments(x: Float[Tensor, "n c *spatial"], backend: str | None = None) -> Mom
     return reference.moments(x)
 
 
-def _by_aten(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes a call in operators of ATen: torch's own batch norm where dtypes allow it."""
+def _in_trace(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    counter: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+) -> Tensor:
+    """`_batch_norm` where ``torch.jit.trace`` records: in operators of ATen."""
+    running = None
+    if training and running_mean is not None and running_var is not None:
+        running = Running(running_mean, running_var, counter, momentum)
+    fixed = (None, None) if training else (running_mean, running_var)
+    call = Call(x, weight, bias, residual, *fixed, eps, activation == "relu", None)
+    return _by_aten(call, running, counter)
+
+
+def _by_aten(call: Call, running: Running | None, counter: Tensor | None) -> Tensor:
+    """Computes a call in operators of ATen: torch's own batch norm where dtypes allow it.
+
+    That updates the running statistics too, unless the weight of the new batch is a tensor.
+    """
     x, weight, bias, residual, mean, var, eps, relu, _ = call
-    vectors = (weight, bias, mean, var)
-    mixed = any(vector is not None and vector.dtype != x.dtype for vector in vectors)
-    if mixed or mean is None or var is None:
-        return autograd.by_formula(call)
-    y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-    y = y if residual is None else y + residual
-    return y.relu() if relu else y, mean, var
+    training, momentum, batch = mean is None, 0.0, None
+    if running is not None and not isinstance(running.weight, Tensor):
+        mean, var, momentum = running.mean, running.var, running.weight
+    if _torch_takes(x, weight, bias, mean, var):
+        with torch_internals.exported_as(nn.modules.batchnorm._BatchNorm):
+            y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+        with torch_internals.exported_as(None):
+            y = y if residual is None else y + residual
+        with torch_internals.exported_as(nn.ReLU):
+            y = y.relu() if relu else y
+        if running is not None and mean is None:
+            batch = reference.moments(x.detach())
+    else:
+        y, *moments = autograd.by_formula(call)
+        batch = Moments(x.numel() // x.shape[1], *moments)
+    if running is not None and batch is not None:
+        # Without a no_grad block, which a program could not be saved with.
+        for buffer, new in ((running.mean, batch.mean), (running.var, unbiased_var(batch))):
+            buffer.copy_((1 - running.weight) * buffer.to(new.dtype) + running.weight * new)
+    if counter is not None:
+        with torch_internals.exported_as(nn.modules.batchnorm._BatchNorm):
+            count_batch(counter)
+    return y
+
+
+def _torch_takes(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Tells if torch's batch norm takes these dtypes: one for all, or short x and float32."""
+    dtypes = {vector.dtype for vector in vectors if vector is not None}
+    short = x.dtype in (torch.float16, torch.bfloat16)
+    return dtypes <= {x.dtype} or (short and dtypes == {torch.float32})
 
 
 def _empty_output(

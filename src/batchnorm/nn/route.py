@@ -31,8 +31,8 @@ class Route(Enum):
         FORMULA: The reference's formula in ordinary torch operations, differentiable to any order.
             For ``torch.func`` transforms, forward mode and gradients of gradients
             (``docs/decisions/0002-higher-derivatives.md``).
-        ATEN: ``torch.nn.functional.batch_norm`` in inference, the formula in training. For graphs
-            that run without this library, or that a compiler fuses
+        ATEN: ``torch.nn.functional.batch_norm``; the formula where torch's does not take the
+            dtypes. For graphs that run without this library, or that a compiler fuses
             (``docs/decisions/0003-exported-programs-hold-aten-only.md``).
     """
 
@@ -64,7 +64,9 @@ def choose(
         return Route.FORMULA
     if not compiling and may_skip_dispatcher(*tensors):
         return Route.DIRECT
-    return Route.FORMULA if torch_internals.is_transformed() else Route.OPERATOR
+    if torch_internals.is_transformed():
+        return Route.FORMULA
+    return Route.ATEN if backend is None and torch_internals.is_traced() else Route.OPERATOR
 
 
 def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
@@ -131,7 +133,9 @@ operator torch.ops.batchnorm.forward.
             f"{IN_TRANSFORM}."
         )
     if route is Route.ATEN:
-        return "torch's own operations compute this input, because it is compiled or exported."
+        return (
+            "torch's own operations compute this input, because it is compiled, exported or traced."
+        )
     text = dispatch.describe(x, backend)
     if route is Route.DIRECT:
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from batchnorm import torch_internals
 from batchnorm.moments import Moments, unbiased_var
@@ -72,15 +73,26 @@ def count_batch(num_batches_tracked: Tensor) -> None:
 def write_buffer(buffer: Tensor, value: Tensor) -> None:
     """Writes ``value`` into ``buffer``, also where ``torch.func.grad`` captured the buffer.
 
-    Of torch's ways to write into a captured tensor, ``out=`` is the one that it allows; and that
-    one is not allowed under ``vmap``.
+    torch refuses every operation in place there, and under ``vmap`` every ``out=`` as well. What it
+    allows under both is its own batch norm, which sets a running mean to the mean of two equal
+    values if the weight of the new batch is one.
     """
     try:
         buffer.copy_(value)
     except RuntimeError as error:
         if not torch_internals.is_write_into_captured(error):
             raise
-        torch.add(value, 0, out=buffer)
+        if not buffer.is_floating_point():
+            torch.add(value, 0, out=buffer)
+            return
+        value = value.to(buffer.dtype).detach()
+        F.batch_norm(
+            torch.stack((value, value)),
+            buffer,
+            torch.ones_like(buffer),
+            training=True,
+            momentum=1.0,
+        )
 
 
 def _moved(running: Tensor, new: Tensor, weight: float | Tensor) -> Tensor:

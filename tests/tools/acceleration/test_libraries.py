@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import batchnorm
 from batchnorm.tools.acceleration import accelerate
 from model_cases import is_ours, restored
+from real_networks import import_torchvision
 
 pytestmark = [pytest.mark.untyped, pytest.mark.filterwarnings("ignore")]
 
@@ -44,6 +45,7 @@ def test_quantization_fuses_as_it_does_torchs_layers():
 @pytest.mark.parametrize("nodes", [["layer2"], {"layer1.0.relu_1": "a", "layer3": "b"}])
 @pytest.mark.parametrize("training", [True, False])
 def test_torchvisions_feature_extractor(nodes, training):
+    import_torchvision()
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     resnet = pytest.importorskip("torchvision.models.resnet")
     torch.manual_seed(0)
@@ -57,7 +59,22 @@ def test_torchvisions_feature_extractor(nodes, training):
     assert is_ours(features.get_submodule("layer1.0.bn1"))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("recording", [torch.no_grad, torch.enable_grad])
+def test_fvcore_counts_as_it_does_torchs_layers(training, recording):
+    counters = pytest.importorskip("fvcore.nn", reason="fvcore is not installed")
+    plain, fused = network(), network()
+    accelerate(fused)
+    with recording():
+        expected, *counts = (
+            counters.FlopCountAnalysis(model.train(training), images()).by_operator()
+            for model in (plain, fused, network(batchnorm.BatchNorm2d))
+        )
+    assert counts == [expected, expected]
+
+
 def test_timms_layers_stay_themselves():
+    import_torchvision()
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model("densenet121", num_classes=2).eval()
@@ -71,6 +88,7 @@ def test_timms_layers_stay_themselves():
 
 
 def test_lightning_converts_to_synchronized_layers():
+    import_torchvision()  # torchmetrics imports it
     plugins = pytest.importorskip("lightning.pytorch.plugins", reason="lightning is not installed")
     model = network()
     accelerate(model)

@@ -50,6 +50,16 @@ class ReplacedMethod(ABC):
             return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
         return self._previous(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Explains to ``torch.jit.script``, which looks for source code, why there is none."""
+        if name == "__globals__":
+            raise AttributeError(
+                f"torch.jit.script cannot compile {type(self.module).__name__}.{self.method} while "
+                "a tool of batchnorm has replaced it; end the tool first, with remove() or by "
+                "leaving its with block."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forwards a call of the method to `call`."""
         if self._is_active:
