@@ -529,7 +529,7 @@ def test_script_says_what_to_do(network):
     model = accelerated(network()).eval()
     with pytest.raises(
         AttributeError,
-        match=r"TorchScript cannot compile the replaced forward\(\) .* call batchnorm\.restore",
+        match=r"cannot compile .*\.forward while a tool of .*; call batchnorm\.restore\(model\) first",
     ):
         torch.jit.script(model)
     expected = model(images())
@@ -555,6 +555,24 @@ def test_signatures_are_those_of_the_class():
         assert module.forward.__name__ == "forward"
         with pytest.raises(AttributeError, match="has no attribute '__func__'"):
             module.forward.__func__  # noqa: B018
+
+
+@pytest.mark.parametrize("network", [triples, nets.ResNet])
+@pytest.mark.parametrize("training", [True, False])
+def test_captures_hold_the_original_operations(network, training):
+    model = accelerated(network()).train(training)
+    plain = restored(model)
+    programs = [torch.export.export(each, (images(),)) for each in (model, plain)]
+    ours, torchs = (
+        [
+            (str(node.target), [kind for _, kind in node.meta["nn_module_stack"].values()])
+            for node in program.graph.nodes
+            if node.op == "call_function"
+        ]
+        for program in programs
+    )
+    assert ours == torchs
+    assert_close(programs[0].module()(images()), plain(images()))
 
 
 # Pickles.

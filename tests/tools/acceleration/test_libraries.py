@@ -81,8 +81,8 @@ def test_timms_layers_stay_themselves():
     kinds = list(map(type, model.modules()))
     assert len(accelerate(model).relus) == 121
     assert list(map(type, model.modules())) == kinds
-    frozen = timm.utils.freeze_batch_norm_2d(copy.deepcopy(model))
-    expected = timm.utils.freeze_batch_norm_2d(restored(model))
+    frozen = timm.layers.freeze_batch_norm_2d(copy.deepcopy(model))
+    expected = timm.layers.freeze_batch_norm_2d(restored(model))
     x = torch.randn(1, 3, 64, 64)
     assert_close(frozen(x), expected(x), rtol=1e-4, atol=1e-4)
 
@@ -120,3 +120,52 @@ def test_export_to_onnx():
     accelerate(model)
     program = torch.onnx.export(model, (images(),), dynamo=True)
     assert "BatchNormalization" in {node.op_type for node in program.model_proto.graph.node}
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = (
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.ReLU(),
+        )
+
+    def forward(self, x):
+        return self.relu(self.norm(self.conv(x)) + x)
+
+
+NETWORKS = {
+    "layer and ReLU": network,
+    "layer": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),
+    "residual": Residual,
+    "parts": lambda: nn.Sequential(Residual(), network()),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_quantization_aware_training_as_with_torchs_layers(name):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import pt2e
+    from torchao.quantization.pt2e import quantize_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    results = []
+    for is_accelerated in (False, True):
+        torch.manual_seed(0)
+        model = NETWORKS[name]().train()
+        if is_accelerated:
+            accelerate(model)
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+        program = torch.export.export(model, (images(),)).module()
+        program = quantize_pt2e.prepare_qat_pt2e(program, quantizer)
+        program(images(3))
+        pt2e.move_exported_model_to_eval(program)
+        program = quantize_pt2e.convert_pt2e(program)
+        nodes = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        results.append((nodes, program(images())))
+    (nodes, expected), (ours, output) = results
+    assert ours == nodes
+    assert not any("batch_norm" in node for node in nodes)
+    assert_close(output, expected)

@@ -30,7 +30,7 @@ from batchnorm.tools.acceleration.replacement import (
 from batchnorm.tools.flow.assumptions import Unproven
 from batchnorm.tools.flow.tracing import Conditions, module_at, trace
 from batchnorm.tools.patching import RecomputationHook, is_replaced_by_others
-from batchnorm.torch_internals import global_hooks
+from batchnorm.torch_internals import global_hooks, is_traced
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -111,7 +111,12 @@ class BlockForward(AcceleratedForward):
         return fusions
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the rewritten forward if its conditions hold, else the original."""
+        """Runs the rewritten forward if its conditions hold, else the original.
+
+        Programs that others will run hold the original, with one entry for each module.
+        """
+        if torch.compiler.is_exporting() or is_traced():
+            return self.original(*args, **kwargs)
         if self._rewritten is None and _may_trace(args):
             self.rewrite()
         rewritten = self._rewritten

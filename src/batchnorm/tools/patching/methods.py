@@ -33,7 +33,7 @@ class ReplacedMethod(ABC):
 
     method: ClassVar[str] = "forward"
     mark: ClassVar[str | None] = None
-    remedy: ClassVar[str] = "remove() the tool that replaced it first"
+    remedy: ClassVar[str] = "end the tool first, with remove() or by leaving its with block"
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -50,16 +50,6 @@ class ReplacedMethod(ABC):
             return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
         return self._previous(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        """Explains to ``torch.jit.script``, which looks for source code, why there is none."""
-        if name == "__globals__":
-            raise AttributeError(
-                f"torch.jit.script cannot compile {type(self.module).__name__}.{self.method} while "
-                "a tool of batchnorm has replaced it; end the tool first, with remove() or by "
-                "leaving its with block."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forwards a call of the method to `call`."""
         if self._is_active:
@@ -73,8 +63,8 @@ class ReplacedMethod(ABC):
             return method if name == "__wrapped__" else getattr(method, name)
         if name == "__globals__":  # What TorchScript asks first of a method.
             raise AttributeError(
-                f"batchnorm: TorchScript cannot compile the replaced {self.method}() of a "
-                f"{type(self.module).__name__}; {self.remedy}, or use torch.export."
+                f"torch.jit.script cannot compile {type(self.module).__name__}.{self.method} while "
+                f"a tool of batchnorm has replaced it; {self.remedy}."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
