@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.functional import Activation, _batch_norm
 from batchnorm.nn.running_statistics import weight_of_new_batch
+from batchnorm.torch_internals import check_rank
 
 
 def forward_of(
@@ -29,7 +30,7 @@ def forward_of(
         ValueError: The rank is wrong, or a training batch has one value a channel.
         RuntimeError: The number of channels, the dtype or the device does not fit.
     """
-    layer._check_input_dim(input)
+    check_rank(layer, input)
     tracks = layer.training and layer.track_running_stats
     uses_buffers = tracks or not layer.training
     running_mean = layer.running_mean if uses_buffers else None

@@ -529,7 +529,7 @@ def test_script_says_what_to_do(network):
     model = accelerated(network()).eval()
     with pytest.raises(
         AttributeError,
-        match=r"cannot compile .*\.forward while a tool of .*; call batchnorm\.restore\(model\) first",
+        match=r"cannot compile .*\.forward while a tool .*; call batchnorm\.restore\(model\) first",
     ):
         torch.jit.script(model)
     expected = model(images())

@@ -160,7 +160,7 @@ def test_quantization_aware_training_as_with_torchs_layers(name):
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
         program = torch.export.export(model, (images(),)).module()
         program = quantize_pt2e.prepare_qat_pt2e(program, quantizer)
-        program(images(3))
+        program(2 * images())
         pt2e.move_exported_model_to_eval(program)
         program = quantize_pt2e.convert_pt2e(program)
         nodes = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

@@ -46,14 +46,10 @@ def to_torch(model: nn.Module) -> nn.Module:
     Example:
         >>> import torch, batchnorm
         >>> model = nn.Sequential(nn.Linear(4, 4), batchnorm.BatchNorm1d(4, activation="relu"))
-        >>> batchnorm.to_torch(model)
-        Sequential(
-          (0): Linear(in_features=4, out_features=4, bias=True)
-          (1): Sequential(
-            (0): BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-            (1): ReLU()
-          )
-        )
+        >>> batchnorm.to_torch(model) is model
+        True
+        >>> type(model[1]), type(model[1][0]).__module__
+        (<class 'torch.nn.modules.container.Sequential'>, 'torch.nn.modules.batchnorm')
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, ours._BatchNorm)}
     for name, layer in found.items():
