@@ -211,8 +211,9 @@ def test_slices_are_torchs_own(part, backend):
     assert counts(model) == counts(plain)
 
 
-@pytest.mark.parametrize("backend", ["none", "aot_eager"])
-@pytest.mark.parametrize("reentrant", [False])
+@pytest.mark.parametrize(
+    ("backend", "reentrant"), [("none", False), ("none", True), ("aot_eager", False)]
+)
 def test_a_checkpointed_slice_counts_as_torchs(backend, reentrant):
     model = triples(3)
     plain = copy.deepcopy(model)
