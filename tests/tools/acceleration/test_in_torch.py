@@ -473,6 +473,20 @@ def test_restore_refuses_by_name_where_strangers_cover(name, shown):
     assert restore(model).layers == 8
 
 
+@pytest.mark.parametrize("name", ["1", ""])
+def test_a_forward_that_somebody_deleted_is_no_obstacle(name):
+    model = triples()
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    del model.get_submodule(name).forward
+    assert_same_function(model, plain)
+    assert str(restore(copy.deepcopy(model))).startswith("Restored ")
+    again = accelerate(model, images())
+    assert (again.replaced, again.relus) == (((name,), ()) if name else ((), ("1",)))
+    assert relus_and_additions(model) == (0, 0)
+    assert restore(model) == batchnorm.tools.acceleration.Restoration(1, 1)
+
+
 def test_a_stranger_behind_our_tools_is_named():
     model = triples()
     model[1].forward = lambda x: x

@@ -77,8 +77,8 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def has_accelerated_mark(module: nn.Module) -> bool:
-    """Tells if `batchnorm.accelerate` replaced the forward of this one module."""
-    return vars(module).get(ACCELERATED_MARK, False)
+    """Tells if `batchnorm.accelerate` replaced this one module's forward, and nobody deleted it."""
+    return ACCELERATED_MARK in vars(module) and "forward" in vars(module)
 
 
 def has_frozen_mark(layer: nn.Module) -> bool:
