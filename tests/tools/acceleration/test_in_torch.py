@@ -406,6 +406,13 @@ def test_a_model_compiled_in_place():
     assert BlockForward.find(model) is not None
 
 
+def test_replicas_of_layers_built_as_ours_use_their_own_state():
+    layer = batchnorm.BatchNorm2d(3).double().eval()
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = 2 * layer.weight.detach(), layer.bias.detach()
+    assert_close(replica(images()), 2 * layer(images()))
+
+
 # Tools of ours, and strangers.
 
 

@@ -117,7 +117,7 @@ class BlockForward(AcceleratedForward):
         """
         if torch.compiler.is_exporting() or is_traced():
             return self.original(*args, **kwargs)
-        if self._rewritten is None and _may_trace(args):
+        if self._rewritten is None and _may_trace(*args, *kwargs.values()):
             self.rewrite()
         rewritten = self._rewritten
         if rewritten is not None and rewritten.fits(self.module, args, kwargs):
@@ -129,11 +129,11 @@ def _fails(*_: Any) -> Any:
     raise NotImplementedError
 
 
-def _may_trace(args: tuple[Any, ...]) -> bool:
-    """Tells if a forward can be traced inside a call of it."""
+def _may_trace(*arguments: Any) -> bool:
+    """Tells if a forward can be traced inside a call of it with these arguments."""
     if torch.compiler.is_compiling() or sys.getprofile() is not None:
         return False
-    return not any(isinstance(argument, fx.Proxy) for argument in args)
+    return not any(isinstance(argument, fx.Proxy) for argument in arguments)
 
 
 def fuse(block: nn.Module) -> Fusions:
