@@ -40,6 +40,7 @@ pytestmark = [
 
 
 def triples(count: int = 1) -> nn.Sequential:
+    torch.manual_seed(0)
     layers = []
     for c_in in (3, 4, 4)[:count]:
         layers += [nn.Conv2d(c_in, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
@@ -152,7 +153,7 @@ def test_hooks_before_the_first_step_see_what_they_see_of_torchs_layers(name, ki
             lambda module, given, *_, calls=calls: calls.append(given[0].detach().clone())
         )
         torch.compiler.reset()
-        torch.compile(model, backend="aot_eager")(images()).sum().backward()
+        torch.compile(model, backend="aot_eager")(images().requires_grad_()).sum().backward()
         seen.append(calls)
     expected, calls = seen
     assert len(calls) == 1
