@@ -229,6 +229,25 @@ def test_hooks_of_a_module_are_seen():
         assert not torch_internals.has_hooks(layer)
 
 
+def test_hooks_on_outputs_are_told_from_those_on_inputs():
+    layer = torch.nn.BatchNorm1d(3)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert not torch_internals.has_output_hooks(layer)
+    for kind in ("forward_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(layer, f"register_{kind}")(lambda *_: None)
+        assert torch_internals.has_output_hooks(layer), kind
+        handle.remove()
+        assert not torch_internals.has_output_hooks(layer)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_layer_checks_the_rank_itself(rank):
+    layer = getattr(torch.nn, f"BatchNorm{rank}d")(3)
+    torch_internals.check_rank(layer, torch.zeros(2, 3, *[2] * rank))
+    with pytest.raises(ValueError, match=r"expected .* input \(got 7D input\)"):
+        torch_internals.check_rank(layer, torch.zeros(2, 3, 1, 1, 1, 1, 1))
+
+
 def test_refused_writes_are_told_apart():
     captured, mapped = torch.zeros(3), torch.zeros(3)
     with pytest.raises(RuntimeError, match="captured") as error:

@@ -179,9 +179,22 @@ def when_backward_pass_ends(callback: Callable[[], None]) -> None:
     engine.queue_callback(callback)
 
 
+def check_rank(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
+    """Raises as the layer itself does if it expects inputs of another rank.
+
+    The method has had this name since the first release, and subclasses override it.
+    """
+    layer._check_input_dim(x)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Tells if somebody listens to the calls of this module, or to its gradients."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def has_output_hooks(module: nn.Module) -> bool:
+    """Tells if somebody listens to the outputs of this module, or to their gradients."""
+    return any(getattr(module, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks")
 
 
 def clear_hooks(module: nn.Module) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import batchnorm
 from batchnorm.tools.acceleration import accelerate, restore
+from model_cases import is_ours
 from real_networks import import_torchvision
 
 pytestmark = pytest.mark.untyped
@@ -90,8 +90,8 @@ def test_real_networks(name, layers, relus, additions):
     assert result.left == {}
     assert len(result.replaced) == layers
     assert (len(result.relus), len(result.additions)) == (relus, additions)
-    ours = [m for m in model.modules() if isinstance(m, batchnorm.BatchNorm2d)]
-    assert len(ours) == layers
+    assert sum(map(is_ours, model.modules())) == layers
+    assert list(map(type, model.modules())) == list(map(type, original.modules()))
     for training in (False, True):
         expected, actual = outcome(original.train(training)), outcome(model.train(training))
         assert actual.keys() == expected.keys()

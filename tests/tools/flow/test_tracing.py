@@ -255,14 +255,38 @@ def test_other_modules_and_classes_hear_nothing_of_a_trace():
     model = type("Observed", (nets.Tail,), {"forward": forward})()
     model.probe, model.relu = Probe(), Registered()
     kinds = [type(module) for module in model.modules()]
-    traced = tracing.trace(model)
-    assert [node.op for node in traced.graph.nodes] == [
+    graph, _ = tracing.trace(model)
+    assert [node.op for node in graph.nodes] == [
         "placeholder", "call_module", "call_module", "call_module", "output"
     ]  # fmt: skip
     assert [type(module) for module in model.modules()] == kinds
     assert heard == []
     assert_close(outputs[0], other(images().float()), **EXACT)
     assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_the_module_itself_may_be_called_while_it_is_traced():
+    outputs, expected = [], []
+
+    class Probe(nn.Module):
+        @property
+        def flag(self):
+            if not expected:
+                expected.append(True)
+                thread = threading.Thread(target=lambda: outputs.append(model(images().float())))
+                thread.start()
+                thread.join()
+            return True
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))) if self.probe.flag else x
+
+    model = type("Observed", (nets.Tail,), {"forward": forward})()
+    model.probe, model.relu = Probe(), nn.ReLU()
+    before = anatomy(model)
+    tracing.trace(model)
+    assert anatomy(model) == before
+    assert_close(outputs[0].detach(), copy.deepcopy(model).train()(images().float()).detach())
 
 
 def test_an_interrupted_trace_leaves_the_module_as_it_was(monkeypatch):

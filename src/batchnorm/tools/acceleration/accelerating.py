@@ -1,4 +1,4 @@
-"""`accelerate` replaces torch's layers in an existing model by ours; `restore` undoes it."""
+"""`accelerate` lets our kernels compute an existing model's layers; `restore` undoes it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.nn.layers import LAYERS
-from batchnorm.tools.acceleration.fusion import FusedBlock, fuse
-from batchnorm.tools.acceleration.replacement import WithActivation, replace, restore_class
+from batchnorm.tools.acceleration.fusion import fuse
+from batchnorm.tools.acceleration.replacement import (
+    AcceleratedForward,
+    LayerForward,
+    can_fuse,
+    replace,
+)
 from batchnorm.tools.acceleration.verification import Differences, Snapshot, Verification
+from batchnorm.tools.patching import has_accelerated_mark
 from batchnorm.tools.wording import counted, displayed, wrapped
 
 
@@ -22,7 +28,8 @@ class Acceleration:
     """Report of `accelerate`; ``str()`` of it is a summary.
 
     Attributes:
-        replaced: Dotted names of the layers that are ours now.
+        found: Number of batch norm layers in the model.
+        replaced: Dotted names of the layers that our kernels compute now.
         relus: Dotted names of the layers that also compute the ReLU after them.
         additions: Dotted names of the layers that also compute an addition and the ReLU after it.
         left: Layers and blocks that stay as they are: the reason by name.
@@ -30,6 +37,7 @@ class Acceleration:
         differences: The largest differences found, if they were compared.
     """
 
+    found: int
     replaced: tuple[str, ...]
     relus: tuple[str, ...]
     additions: tuple[str, ...]
@@ -46,6 +54,9 @@ class Acceleration:
         return "\n".join(wrapped(line, "    " if line[0] == " " else "") for line in lines)
 
     def _summary(self) -> Iterator[str]:
+        if not self.found:
+            yield "Nothing was accelerated: the model has no batch norm layer of torch's or ours."
+            return
         if not (self.replaced or self.relus or self.additions):
             yield "Nothing new to accelerate."
             return
@@ -88,14 +99,17 @@ class Restoration:
 
 
 def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
-    """Replaces torch's batch norm layers by ours, in place, and fuses ReLUs and additions.
+    """Lets our kernels compute torch's batch norm layers, in place, and fuses ReLUs and additions.
 
-    Parameters, buffers, hooks, ``state_dict`` and optimizers stay what they are: the layers are the
-    same objects with another class. A ReLU after a layer, and an addition before it, is fused where
-    the data flow proves that nothing else uses the values between; `Acceleration.left` has the
-    places where it is not, with the reason. A model that is copied or pickled stays accelerated.
-    Call it before ``torch.compile`` and before wrapping in ``DistributedDataParallel``. Not
-    thread-safe with calls of the model while it runs.
+    Layers and blocks stay the same objects of the same classes, and parameters, buffers, hooks,
+    ``state_dict`` and optimizers stay what they are: only their ``forward`` is replaced, on the
+    object. A ReLU after a layer, and an addition before it, is fused where the data flow proves
+    that nothing else uses the values between; `Acceleration.left` has the places where it is not,
+    with the reason. A model that is copied or pickled stays accelerated; a shallow copy by
+    ``copy.copy`` shares the forward, which then runs the original. Call it before or after
+    ``torch.compile``, ``DistributedDataParallel`` and ``fully_shard``; call `restore` before
+    ``torch.jit.script``. Not thread-safe with calls of the model while it runs. Not for
+    ``DataParallel``, which copies the layers at each call.
 
     Args:
         model: Any module; it may have been accelerated before.
@@ -109,7 +123,8 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
 
     Raises:
         TypeError: ``example_input`` is something else.
-        ValueError: The model cannot run without being changed, because a layer is lazy.
+        ValueError: The model cannot run without being changed, because a layer is lazy; or it is
+            in ``DataParallel``.
         RuntimeError: The accelerated model computes something else. After this, and after every
             other exception, the model is what it was.
 
@@ -119,9 +134,10 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
         >>> result = batchnorm.accelerate(model, torch.randn(4, 3, 16, 16))
         >>> result.replaced, result.relus, result.verified
         (('1',), ('1',), True)
-        >>> isinstance(model[1], batchnorm.BatchNorm2d)
+        >>> type(model[1]) is nn.BatchNorm2d
         True
     """
+    _check_replicas(model)
     if example_input is not None:
         _check_initialized(model)
     before = Snapshot(model, tensors=example_input is not None)
@@ -135,11 +151,16 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
 def restore(model: nn.Module) -> Restoration:
     """Undoes `accelerate`, also on a copy; parameters and statistics keep their current values.
 
+    Compile a model again after it. `to_torch` also converts layers that were built as ours.
+
     Args:
         model: Any module; nothing happens to one that is not accelerated.
 
     Returns:
         The number of layers and blocks that were restored.
+
+    Raises:
+        RuntimeError: Foreign code replaced a ``forward`` since then; nothing is restored.
 
     Example:
         >>> import batchnorm
@@ -150,28 +171,46 @@ def restore(model: nn.Module) -> Restoration:
         >>> type(model[1]) is nn.BatchNorm1d
         True
     """
-    changed = [module for module in model.modules() if restore_class(module)]
-    layers = sum(isinstance(module, _BatchNorm) for module in changed)
-    return Restoration(layers, len(changed) - layers)
+    found = {}
+    for name, module in model.named_modules():
+        if not has_accelerated_mark(module):
+            continue
+        found[module] = AcceleratedForward.find(module)
+        if found[module] is None:
+            raise RuntimeError(
+                f"restore: the forward of {displayed(name)} ({type(module).__name__}) was replaced "
+                "by other code since accelerate; undo that first. Nothing was restored."
+            )
+    for module, forward in found.items():
+        forward.uninstall(module)
+    layers = sum(isinstance(forward, LayerForward) for forward in found.values())
+    return Restoration(layers, len(found) - layers)
 
 
 def _accelerate(model: nn.Module, example_input: Any, before: Snapshot) -> Acceleration:
     verification = None
     if example_input is not None:
         verification = Verification(model, example_input, before)
-    replaced, relus, additions, left = [], [], [], {}
+    found, replaced, relus, additions, left = 0, [], [], [], {}
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, _BatchNorm) or isinstance(layer, LAYERS):
+        if not isinstance(layer, _BatchNorm):
+            if _looks_like_batch_norm(layer):
+                kind = type(layer).__name__
+                left[name] = f"it is a {kind}, which is no batch norm layer of torch's"
+            continue
+        found += 1
+        if isinstance(layer, LAYERS) or has_accelerated_mark(layer):
             continue
         reason = replace(layer)
         if reason is not None:
             left[name] = reason
             continue
         replaced.append(name)
-        if isinstance(layer, WithActivation) and layer.fuses():
+        forward = LayerForward.find(layer)
+        if forward is not None and forward.fuses():
             relus.append(name)
     for name, block in list(model.named_modules()):
-        if isinstance(block, FusedBlock) or not any(map(_may_fuse, _called_by(block))):
+        if has_accelerated_mark(block) or not any(map(can_fuse, _called_by(block))):
             continue
         fusions = fuse(block)
         prefix = f"{name}." if name else ""
@@ -182,7 +221,23 @@ def _accelerate(model: nn.Module, example_input: Any, before: Snapshot) -> Accel
     if verification is not None:
         differences = verification.check(model)
     names = (tuple(replaced), tuple(relus), tuple(additions))
-    return Acceleration(*names, left, differences is not None, differences)
+    return Acceleration(found, *names, left, differences is not None, differences)
+
+
+def _check_replicas(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                f"accelerate: {displayed(name)} is a DataParallel, which copies layers at each "
+                "call, and the copies would compute with the original's tensors; use "
+                "DistributedDataParallel."
+            )
+
+
+def _looks_like_batch_norm(module: nn.Module) -> bool:
+    """Tells if a module keeps a running mean and variance, under torch's names or d2l's."""
+    own = vars(module).keys() | module._buffers.keys()
+    return {"running_mean", "running_var"} <= own or {"moving_mean", "moving_var"} <= own
 
 
 def _check_initialized(model: nn.Module) -> None:
@@ -201,7 +256,3 @@ def _called_by(block: nn.Module) -> Iterator[nn.Module]:
             yield from _called_by(child)
         else:
             yield child
-
-
-def _may_fuse(module: nn.Module) -> bool:
-    return isinstance(module, LAYERS) and not isinstance(module, WithActivation)

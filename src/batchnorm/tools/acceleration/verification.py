@@ -27,8 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.tools.flow.tracing import change_class
-from batchnorm.tools.patching import Handle, SavedTensors, batch_norms, listen
+from batchnorm.tools.patching import Handle, SavedTensors, batch_norms, listen, replacements
 
 Results = dict[str, Tensor]
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -36,7 +35,9 @@ _FIRST_SEEDS, _MORE_SEEDS = range(2), range(2, 18)
 
 
 class Snapshot:
-    """Everything about a model that can be restored: classes, attributes, and tensors if wanted.
+    """Everything about a model that can be restored: attributes, and tensors if wanted.
+
+    Replaced forwards are part of it, with their attributes, because each knows the one behind it.
 
     Args:
         model: The model.
@@ -45,8 +46,10 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, *, tensors: bool) -> None:
-        self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-        values = [value for *_, attributes in self._modules for value in attributes.values()]
+        modules = list(model.modules())
+        objects = [*modules, *(method for module in modules for method in replacements(module))]
+        self._objects = [(changed, dict(vars(changed))) for changed in objects]
+        values = [value for _, attributes in self._objects for value in attributes.values()]
         self._containers = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
         parameters = list(model.parameters()) if tensors else []
         self._grads = [(parameter, parameter.grad) for parameter in parameters]
@@ -58,10 +61,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Makes the model what it was, bit for bit, with the same objects in the same places."""
-        for module, kind, attributes in self._modules:
-            change_class(module, kind)
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for changed, attributes in self._objects:
+            changed.__dict__.clear()
+            changed.__dict__.update(attributes)
         for container, content in self._containers:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
@@ -165,14 +167,15 @@ class Verification:
             mode.rounding[name] = max(mode.rounding.get(name, 0.0), distance)
 
     def _run(self, model: nn.Module, *, training: bool) -> Results:
-        """Returns outputs, gradients and buffers of one call."""
+        """Returns outputs, gradients and buffers of one call, which is not compiled."""
         self._before.rewind_random()
         model.train(training)
         leaves: Results = {}
         args, kwargs = (_with_leaves(part, "input", leaves) for part in self._example)
         leaves |= {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.enable_grad():
-            outputs = dict(_tensors_in(model(*args, **kwargs), "the output"))
+            with torch.compiler.set_stance("force_eager"):  # Compiled code would miss our hooks.
+                outputs = dict(_tensors_in(model(*args, **kwargs), "the output"))
             results = {name: value.detach().clone() for name, value in outputs.items()}
             roots = [value for value in outputs.values() if value.requires_grad]
             generator = torch.Generator().manual_seed(0)

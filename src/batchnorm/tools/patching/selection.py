@@ -20,6 +20,8 @@ layer; or None for all."""
 
 FROZEN_MARK = "_batchnorm_frozen"
 """Attribute that `batchnorm.freeze` sets on a layer."""
+ACCELERATED_MARK = "_batchnorm_accelerated"
+"""Attribute that `batchnorm.accelerate` sets on a layer or a block, beside its forward."""
 _BETWEEN = ("batchnorm.", "torch.utils.", "torch.nn.", "jaxtyping", "beartype")
 """Modules between a tool's warning and the user's code: ``torch.no_grad`` wraps some tools, and
 modules call hooks."""
@@ -130,6 +132,11 @@ def is_frozen(model: nn.Module) -> bool:
     """
     found = [module for module in model.modules() if is_batch_norm(module)]
     return bool(found) and all(map(has_frozen_mark, found))
+
+
+def has_accelerated_mark(module: nn.Module) -> bool:
+    """Tells if `batchnorm.accelerate` replaced this one module's forward, and nobody deleted it."""
+    return ACCELERATED_MARK in vars(module) and "forward" in vars(module)
 
 
 def has_frozen_mark(layer: nn.Module) -> bool:

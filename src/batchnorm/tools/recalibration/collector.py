@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from batchnorm.moments import Moments, empty, merge_moments
 from batchnorm.nn import functional
 from batchnorm.nn.layers import LAYERS
-from batchnorm.tools.patching import Handle, listen, statistics_of, temporary_attributes
+from batchnorm.tools.patching import (
+    Handle,
+    has_accelerated_mark,
+    listen,
+    statistics_of,
+    temporary_attributes,
+)
 
 FEWEST_CHUNKS = 8
 """A spread between fewer chunks says little, so there is no standard error."""
@@ -59,8 +65,9 @@ class MomentCollector:
 
     def __init__(self, name: str, layer: nn.Module, *, unbiased: bool = True) -> None:
         self.name, self.layer, self.unbiased = name, layer, unbiased
-        # Our layers take float64 statistics beside an input of any dtype, others do not.
-        dtype = torch.float64 if isinstance(layer, LAYERS) else None
+        # Our kernels take float64 statistics beside an input of any dtype, others do not.
+        is_ours = isinstance(layer, LAYERS) or has_accelerated_mark(layer)
+        dtype = torch.float64 if is_ours else None
         self._names = tuple(statistics_of(layer))
         self._mean, self._var = (
             buffer.detach().to(dtype or buffer.dtype, copy=True) for buffer in self.buffers
