@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 from types import FrameType
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ class Eps:
     To read it from a layer with an activation warns, unless this library reads it.
     """
 
+    @no_type_check  # A run-time check would stand between the reader and this function.
     def __get__(self, layer: nn.Module | None, owner: type | None = None) -> Any:
         """The value; the descriptor itself if the class is asked."""
         if layer is None:
@@ -45,6 +46,7 @@ class Eps:
         del layer.__dict__["eps"]
 
 
+@no_type_check  # as above
 def _warn(layer: nn.Module, reader: FrameType) -> None:
     name = f"{reader.f_globals.get('__name__')}.{reader.f_code.co_qualname}"
     if name.startswith(_HARMLESS):

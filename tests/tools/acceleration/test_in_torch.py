@@ -662,7 +662,8 @@ class OfTheBook(nn.Module):
     ],
 )
 def test_a_model_without_batch_norm(network):
-    result = accelerate(network())
+    with pytest.warns(RuntimeWarning, match=r"^accelerate: nothing is done, the model \("):
+        result = accelerate(network())
     assert result.found == 0
     text = str(result)
     assert text.startswith("Nothing was accelerated: the model has no batch norm layer of torch's")

@@ -19,7 +19,7 @@ from batchnorm.tools.acceleration.replacement import (
     replace,
 )
 from batchnorm.tools.acceleration.verification import Differences, Snapshot, Verification
-from batchnorm.tools.patching import has_accelerated_mark
+from batchnorm.tools.patching import has_accelerated_mark, warn
 from batchnorm.tools.wording import counted, displayed, wrapped
 
 
@@ -220,6 +220,11 @@ def _accelerate(model: nn.Module, example_input: Any, before: Snapshot) -> Accel
     differences = None
     if verification is not None:
         differences = verification.check(model)
+    if not found:
+        warn(
+            f"accelerate: nothing is done, the model ({type(model).__name__}) has no batch norm "
+            "layers of torch's."
+        )
     names = (tuple(replaced), tuple(relus), tuple(additions))
     return Acceleration(found, *names, left, differences is not None, differences)
 
