@@ -266,7 +266,9 @@ def _by_aten(call: Call, running: Running | None, counter: Tensor | None) -> Ten
     training, momentum, batch = mean is None, 0.0, None
     if running is not None and not isinstance(running.weight, Tensor):
         mean, var, momentum = running.mean, running.var, running.weight
-    if _torch_takes(x, weight, bias, mean, var):
+    # The formula rounds once; torch's batch norm would round before the residual is added.
+    rounds_twice = residual is not None and not _has_dtype(x.dtype, weight, bias, mean, var)
+    if _torch_takes(x, weight, bias, mean, var) and not rounds_twice:
         with torch_internals.exported_as(nn.modules.batchnorm._BatchNorm):
             y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
         with torch_internals.exported_as(None):
@@ -290,9 +292,12 @@ def _by_aten(call: Call, running: Running | None, counter: Tensor | None) -> Ten
 
 def _torch_takes(x: Tensor, *vectors: Tensor | None) -> bool:
     """Tells if torch's batch norm takes these dtypes: one for all, or short x and float32."""
-    dtypes = {vector.dtype for vector in vectors if vector is not None}
     short = x.dtype in (torch.float16, torch.bfloat16)
-    return dtypes <= {x.dtype} or (short and dtypes == {torch.float32})
+    return _has_dtype(x.dtype, *vectors) or (short and _has_dtype(torch.float32, *vectors))
+
+
+def _has_dtype(dtype: torch.dtype, *vectors: Tensor | None) -> bool:
+    return all(vector is None or vector.dtype == dtype for vector in vectors)
 
 
 def _empty_output(
