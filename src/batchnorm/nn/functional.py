@@ -140,14 +140,16 @@ def _batch_norm(
             options = (training, momentum, eps, counter, residual, activation)
             return _in_trace(x, *vectors, *options)
     validation.check_input(x)
-    validation.check_activation(activation)
+    if activation is not None:
+        validation.check_activation(activation)
     if not (type(eps) is float and eps > 0):
         validation.check_eps(eps, training=training)
     validation.check_statistics(running_mean, running_var, training=training)
     validation.check_channels(
         x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
-    validation.check_residual(x, residual)
+    if residual is not None:
+        validation.check_residual(x, residual)
     if backend is not None:
         dispatch.choose(x, backend)
     if x.numel() == 0:
