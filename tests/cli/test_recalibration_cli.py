@@ -24,8 +24,8 @@ from batchnorm.tools.freezing import is_frozen, unfreeze
 from batchnorm.tools.recalibration import recalibrate
 from cpu_time import budget_of_help, least_cpu_seconds
 from look_alikes import D2l
+from real_networks import import_torchvision
 from recalibration_cases import normal
-from torchvision_import import import_torchvision
 
 # typer demands the annotation typer.Context and hands over an object of another class.
 pytestmark = pytest.mark.untyped

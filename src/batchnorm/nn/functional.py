@@ -144,23 +144,24 @@ def _batch_norm(
         validation.check_activation(activation)
     if not (type(eps) is float and eps > 0):
         validation.check_eps(eps, training=training)
-    validation.check_statistics(running_mean, running_var, training=training)
-    validation.check_channels(
-        x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
+    if running_mean is None or running_var is None:
+        validation.check_statistics(running_mean, running_var, training=training)
+    vectors = (running_mean, running_var, weight, bias)
+    validation.check_channels(x, *vectors)
     if residual is not None:
         validation.check_residual(x, residual)
     if backend is not None:
         dispatch.choose(x, backend)
     if x.numel() == 0:
+        validation.check_devices(x, *vectors)
         return _empty_output(x, weight, bias, residual)
     if training:
         validation.check_training(x, momentum)
     learned = False
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None and torch.is_grad_enabled():
         learned = running_mean.requires_grad or running_var.requires_grad
-    if learned:
-        learned = validation.may_learn(running_mean, running_var, training=training)
+        if learned and training:
+            validation.refuse_to_learn(running_mean)
     running, fixed_mean, fixed_var = None, running_mean, running_var
     if training:
         fixed_mean = fixed_var = None
@@ -169,12 +170,12 @@ def _batch_norm(
     call = Call(
         x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu", backend
     )
-    tensors = (x, weight, bias, residual, running_mean, running_var, counter)
-    route = Route.FORMULA if learned else choose(*tensors, backend=backend, training=training)
+    route = Route.FORMULA
+    if not learned:
+        route = choose(x, *vectors, residual, counter, backend=backend, training=training)
     if route is not Route.DIRECT:
-        validation.check_dense(
-            x=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-        )
+        validation.check_devices(x, *vectors)
+        validation.check_dense(x=x, **dict(zip(validation.VECTORS, vectors, strict=True)))
     if route is Route.ATEN:
         return _by_aten(call, running, counter)
     if route is Route.DIRECT:

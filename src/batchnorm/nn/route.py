@@ -63,14 +63,14 @@ def choose(
         return Route.ATEN
     if differentiable and not compiling:
         return Route.FORMULA
-    if not compiling and may_skip_dispatcher(*tensors):
+    if not compiling and _may_skip_dispatcher(tensors):
         return Route.DIRECT
     if torch_internals.is_transformed() or any(map(is_sharded, tensors)):
         return Route.FORMULA
     return Route.ATEN if backend is None and torch_internals.is_traced() else Route.OPERATOR
 
 
-def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
+def _may_skip_dispatcher(tensors: tuple[Tensor | None, ...]) -> bool:
     """Tells if torch's dispatcher has nothing to do for these tensors in eager mode.
 
     The dispatcher is needed while a mode or a tracer records, under a transform, and for a tensor

@@ -31,7 +31,7 @@ from batchnorm import (
 )
 from batchnorm.tools.patching import ReplacedMethod, inheritance
 from look_alikes import Own, frozen_of_torchvision
-from torchvision_import import import_torchvision
+from real_networks import import_torchvision
 
 pytestmark = pytest.mark.untyped
 
