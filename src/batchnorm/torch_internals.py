@@ -57,6 +57,9 @@ tracing_state: Callable[[], object] = _private(
     lambda: torch.jit.is_tracing() or None,
     "layers ask torch.jit.is_tracing, which is slower",
 )
+_set_tracing_state: Callable[[object], None] = _private(
+    "_C._set_tracing_state", lambda _: None, "torch.jit.trace warns of checks that it records"
+)
 _graph_task: Callable[[], int] = _private(
     "_C._current_graph_task_id", lambda: -1, "recomputed forward passes count as new batches"
 )
@@ -125,9 +128,14 @@ def is_func_transformed() -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Tells if a tensor has a forward-mode tangent, also if ``vmap`` maps over it."""
+    return forward_ad.unpack_dual(without_vmap(tensor)).tangent is not None
+
+
+def without_vmap(tensor: Tensor) -> Tensor:
+    """The tensor that ``vmap`` maps over, with the mapped dimensions; others come back as is."""
     while _unmapped is not None and _is_mapped(tensor):
         tensor = _unmapped(tensor)
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return tensor
 
 
 def is_recorded() -> bool:
@@ -138,6 +146,17 @@ def is_recorded() -> bool:
 def is_traced() -> bool:
     """Tells if ``torch.jit.trace`` records."""
     return tracing_state() is not None
+
+
+@contextmanager
+def trace_paused() -> Iterator[None]:
+    """Lets ``torch.jit.trace`` record nothing in the block: looks at shapes are no part of it."""
+    state = tracing_state()
+    _set_tracing_state(None)
+    try:
+        yield
+    finally:
+        _set_tracing_state(state)
 
 
 def is_profiled() -> bool:
@@ -177,14 +196,6 @@ def when_backward_pass_ends(callback: Callable[[], None]) -> None:
     """
     engine: Any = Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
     engine.queue_callback(callback)
-
-
-def check_rank(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
-    """Raises as the layer itself does if it expects inputs of another rank.
-
-    The method has had this name since the first release, and subclasses override it.
-    """
-    layer._check_input_dim(x)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -255,6 +266,14 @@ def exported_as(module_class: type[nn.Module] | None) -> Iterator[None]:
 
 def _exported_modules() -> OrderedDict[str, tuple[str, type[nn.Module]]] | None:
     """Path and class of the modules whose call an export records now, the innermost last."""
+    return getattr(getattr(_proxy_mode(), "tracer", None), "module_stack", None)
+
+
+def is_made_fx() -> bool:
+    """Tells if ``make_fx``, which others use to capture programs, records."""
+    return _proxy_mode() is not None
+
+
+def _proxy_mode() -> Any:
     proxy_tensor: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    get_mode = getattr(proxy_tensor, "get_proxy_mode", lambda: None)
-    return getattr(getattr(get_mode(), "tracer", None), "module_stack", None)
+    return getattr(proxy_tensor, "get_proxy_mode", lambda: None)()

@@ -205,16 +205,13 @@ def test_quantization_by_fx():
         assert_close(convert_fx(prepared)(images()), model(images()), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["pickle", "deepcopy", "state_dict", "class"])
+@pytest.mark.parametrize("name", ["pickle", "deepcopy", "old pickle"])
 def test_an_object_of_ours_is_pickled_by_its_class(name):
     made = layer(activation="relu")
     assert type(made).__module__ == "batchnorm.nn.layers"
-    copied = {
-        "pickle": lambda: pickle.loads(pickle.dumps(made)),
-        "deepcopy": lambda: copy.deepcopy(made),
-        "state_dict": lambda: layer(activation="relu"),
-        "class": lambda: layer(activation="relu"),
-    }[name]()
+    if name == "old pickle":
+        del vars(made)["__module__"]  # Earlier versions had no such attribute.
+    copied = copy.deepcopy(made) if name == "deepcopy" else pickle.loads(pickle.dumps(made))
     assert type(copied) is batchnorm.BatchNorm2d
     assert torch.fx.symbolic_trace(nn.Sequential(copied)).graph
     assert list(copied.state_dict()) == list(nn.BatchNorm2d(3).state_dict())
@@ -259,6 +256,25 @@ def test_script_leaves_the_model_as_it_was():
     assert type(before) is batchnorm.BatchNorm2d
 
 
+@pytest.mark.parametrize(
+    ("kind", "x", "residual", "message"),
+    [
+        ("gelu", (2, 3, 4, 4), None, "activation must be None or 'relu', got 'gelu'"),
+        (None, (2, 3, 4, 4), (2, 3, 1, 1), "residual must have the input's shape"),
+        (None, (3, 4), None, "expects an input of rank"),
+        (None, (1, 3, 1, 1), None, "Expected more than 1 value per channel"),
+    ],
+)
+def test_a_script_refuses_what_eager_refuses_and_counts_nothing(kind, x, residual, message):
+    made = layer()
+    made.activation = kind
+    scripted = torch.jit.script(made)
+    operands = [torch.ones(shape) for shape in (x, residual) if shape is not None]
+    with pytest.raises((torch.jit.Error, ValueError, RuntimeError), match=message):
+        scripted(*operands)
+    assert scripted.num_batches_tracked == 0
+
+
 def test_script_of_the_function():
     def call(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor) -> Tensor:
         return batchnorm.batch_norm(x, mean, var, weight, residual=x, activation="relu")
@@ -270,7 +286,7 @@ def test_script_of_the_function():
 
 def test_script_refuses_a_wrong_rank():
     scripted = torch.jit.script(layer(2))
-    with pytest.raises(torch.jit.Error, match=r"batch_norm got an input of rank 3\."):
+    with pytest.raises(torch.jit.Error, match=r"expects an input of rank \(4,\), got 3\."):
         scripted(images(1))
 
 
@@ -402,8 +418,47 @@ def test_a_trace_of_unusual_batches(shape):
 
 
 def test_a_trace_refuses_what_torch_refuses():
-    with pytest.raises(RuntimeError, match="running_mean should contain 6 elements not 3"):
+    with pytest.raises(RuntimeError, match="running_mean should contain 6 elements, one a channel"):
         torch.jit.trace(layer().eval(), torch.ones(2, 6, 5, 3))
+
+
+class WithResidual(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.layer, self.residual = layer(), torch.ones(shape)
+
+    def forward(self, x):
+        return self.layer(x, self.residual)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 3, 4, 4), (3, 1, 1)])
+def test_a_trace_refuses_another_residual_and_changes_nothing(shape):
+    model = WithResidual(shape)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"residual must have the input's shape \(2, 3, 4, 4\)"):
+        torch.jit.trace(model, torch.ones(2, 3, 4, 4), check_trace=False)
+    assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_a_trace_refuses_an_unknown_activation_and_one_statistic():
+    model = nn.Sequential(layer())
+    model[0].activation = "gelu"
+    with pytest.raises(ValueError, match=r"activation must be None or 'relu', got 'gelu'"):
+        torch.jit.trace(model, images(), check_trace=False)
+    with pytest.raises(ValueError, match="must either both be None or neither"):
+        torch.jit.trace(
+            lambda x: batchnorm.batch_norm(x, torch.zeros(3), None, training=True), images()
+        )
+
+
+@each_mode
+def test_make_fx_holds_torchs_batch_norm(training):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    made = layer().train(training)
+    found = {str(node.target) for node in make_fx(made)(images()).graph.nodes}
+    assert not any("batchnorm" in name for name in found)
+    assert any("batch_norm" in name for name in found)
 
 
 def test_onnx_by_trace():

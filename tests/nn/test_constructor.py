@@ -168,3 +168,24 @@ def test_a_type_checker_sees_the_parameters(tmp_path):
         'Type of "layer.eps" is "float"',
         'Type of "BatchNorm2d" is "type[BatchNorm2d]"',
     ]
+
+
+class ComputesEps(batchnorm.BatchNorm2d):
+    @property
+    def eps(self):
+        return self._eps
+
+    @eps.setter
+    def eps(self, value):
+        self._eps = value
+
+
+def test_eps_may_be_computed_by_a_subclass_or_be_a_buffer():
+    x = torch.randn(2, 3, 4, 4)
+    plain, computed, buffer = (
+        kind(3, eps=0.5) for kind in (nn.BatchNorm2d, ComputesEps, batchnorm.BatchNorm2d)
+    )
+    del buffer.eps
+    buffer.register_buffer("eps", torch.tensor(0.5))
+    torch.testing.assert_close(computed(x), plain(x))
+    torch.testing.assert_close(buffer(x), plain(x))

@@ -167,3 +167,21 @@ batchnorm.accelerate(model)
 assert count(model) == expected
 """
     )
+
+
+@pytest.mark.parametrize("again", ["importlib.reload(batchnorm.nn)", "purge()"])
+def test_a_second_import_leaves_one_finder(again):
+    in_a_new_process(
+        f"""
+import importlib, sys, types
+import batchnorm.nn
+def purge():
+    for name in ("batchnorm.nn", "batchnorm.nn.registries"):
+        del sys.modules[name]
+    importlib.import_module("batchnorm.nn")
+{again}
+finders = [f for f in sys.meta_path if type(f).__module__ == "batchnorm.nn.registries"]
+assert len(finders) == 1, finders
+assert finders[0].find_spec("thop.profile", []) is None
+"""
+    )

@@ -43,7 +43,8 @@ class Eps:
 
     def __delete__(self, layer: nn.Module) -> None:
         """Deletes the value."""
-        del layer.__dict__["eps"]
+        if layer.__dict__.pop("eps", None) is None:
+            raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'eps'")
 
 
 @no_type_check  # as above

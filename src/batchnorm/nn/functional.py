@@ -88,12 +88,12 @@ def batch_norm(
         tensor([[-1.],
                 [ 1.]])
     """
-    if not (isinstance(x, Tensor) and (weight is None or isinstance(weight, Tensor))):
-        operands = (x, running_mean, running_var, weight, bias, residual)
-        if has_torch_function(operands):  # torch.fx records the call as one node.
-            arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
-            options = {"residual": residual, "activation": activation, "backend": backend}
-            return handle_torch_function(batch_norm, operands, *arguments, **options)
+    operands = (x, running_mean, running_var, weight, bias, residual)
+    if has_torch_function(operands) and any(map(_is_stand_in, operands)):
+        # torch.fx records the call as one node.
+        arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+        options = {"residual": residual, "activation": activation, "backend": backend}
+        return handle_torch_function(batch_norm, operands, *arguments, **options)
     return _batch_norm(
         x,
         running_mean,
@@ -136,7 +136,6 @@ def _batch_norm(
     if torch_internals.tracing_state() is not None and backend is None:
         vectors = (running_mean, running_var, weight, bias)
         if _torch_takes(x, *vectors):
-            # A trace records each look at a shape; torch's operator checks what we check below.
             options = (training, momentum, eps, counter, residual, activation)
             return _in_trace(x, *vectors, *options)
     validation.check_input(x)
@@ -175,7 +174,8 @@ def _batch_norm(
         route = choose(x, *vectors, residual, counter, backend=backend, training=training)
     if route is not Route.DIRECT:
         validation.check_devices(x, *vectors)
-        validation.check_dense(x=x, **dict(zip(validation.VECTORS, vectors, strict=True)))
+        of_channels = dict(zip(validation.VECTORS, vectors, strict=True))
+        validation.check_dense(x=x, residual=residual, **of_channels)
     if route is Route.ATEN:
         return _by_aten(call, running, counter)
     if route is Route.DIRECT:
@@ -252,6 +252,15 @@ def _in_trace(
     activation: Activation,
 ) -> Tensor:
     """`_batch_norm` where ``torch.jit.trace`` records: in operators of ATen."""
+    with torch_internals.trace_paused():  # It would record each look at a shape.
+        validation.check_input(x)
+        validation.check_activation(activation)
+        validation.check_eps(eps, training=training)
+        validation.check_statistics(running_mean, running_var, training=training)
+        validation.check_channels(x, running_mean, running_var, weight, bias)
+        validation.check_residual(x, residual)
+        if training:
+            validation.check_training(x, momentum)
     running = None
     if training and running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, counter, momentum)
@@ -291,6 +300,11 @@ def _by_aten(call: Call, running: Running | None, counter: Tensor | None) -> Ten
         with torch_internals.exported_as(nn.modules.batchnorm._BatchNorm):
             count_batch(counter)
     return y
+
+
+def _is_stand_in(operand: object) -> bool:
+    """Tells if something stands for a tensor, as the proxies of ``torch.fx`` do."""
+    return operand is not None and not isinstance(operand, Tensor)
 
 
 def _torch_takes(x: Tensor, *vectors: Tensor | None) -> bool:

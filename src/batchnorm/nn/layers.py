@@ -28,6 +28,53 @@ There ``torch.fx`` looks for the modules of ``torch.nn``, which it records as on
 """
 
 
+def forward_of(
+    layer: nn.modules.batchnorm._BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: Activation = None,
+) -> Tensor:
+    """Computes the output of a layer, torch's or ours, from the attributes that both have.
+
+    Each attribute is read from the layer, because a parametrization may compute it.
+
+    Args:
+        layer: The layer; in training its statistics are updated.
+        input: (N, C, ...), of the rank that the layer expects.
+        residual: Added before the activation; shape, dtype and device of ``input``.
+        activation: None or ``"relu"``.
+
+    Raises:
+        ValueError: The rank is wrong, or a training batch has one value a channel.
+        RuntimeError: The number of channels, the dtype or the device does not fit.
+    """
+    layer._check_input_dim(input)
+    tracks = layer.training and layer.track_running_stats
+    uses_buffers = tracks or not layer.training
+    running_mean = layer.running_mean if uses_buffers else None
+    running_var = layer.running_var if uses_buffers else None
+    counter = layer.num_batches_tracked if tracks else None
+    weight_of_batch: float | Tensor | None = 0.0
+    if tracks and running_mean is not None:
+        weight_of_batch = layer.momentum
+        if weight_of_batch is None:
+            weight_of_batch = weight_of_new_batch(None, counter)
+    eps = layer.__dict__.get("eps")  # Past `Eps`, which costs.
+    return _batch_norm(
+        input,
+        running_mean,
+        running_var,
+        layer.weight,
+        layer.bias,
+        layer.training or running_mean is None,
+        weight_of_batch,
+        layer.eps if eps is None else eps,
+        counter,
+        residual,
+        activation,
+    )
+
+
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """The constructor and the forward pass that all layers share."""
 
@@ -94,50 +141,33 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if is_scripting():
             return self._in_torchscript(input, residual)
         else:
-            self._check_input_dim(input)
-            tracks = self.training and self.track_running_stats
-            uses_buffers = tracks or not self.training
-            running_mean = self.running_mean if uses_buffers else None
-            running_var = self.running_var if uses_buffers else None
-            return _batch_norm(
-                input,
-                running_mean,
-                running_var,
-                self.weight,
-                self.bias,
-                self.training or running_mean is None,
-                self._weight_of_this_batch() if tracks and running_mean is not None else 0.0,
-                self.__dict__["eps"],  # Past the warning of `Eps`.
-                self.num_batches_tracked if tracks else None,
-                residual,
-                self.activation,
-            )
+            return forward_of(self, input, residual, self.activation)
 
     def extra_repr(self) -> str:
         """Torch's own, and the activation if there is one."""
         base = super().extra_repr()
         return base if self.activation is None else f"{base}, activation={self.activation!r}"
 
-    def _weight_of_this_batch(self) -> float | Tensor:
-        if self.momentum is not None:
-            return self.momentum
-        return weight_of_new_batch(self.momentum, self.num_batches_tracked)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes a pickle's state, of an earlier version too, which had no `AS_LEAF`."""
+        super().__setstate__(state)
+        self.__dict__["__module__"] = AS_LEAF
 
     def _in_torchscript(self, input: Tensor, residual: Tensor | None) -> Tensor:
         if input.dim() not in self.ranks:
-            raise ValueError(f"batch_norm got an input of rank {input.dim()}.")
+            raise ValueError(
+                f"This batch norm expects an input of rank {self.ranks}, got {input.dim()}."
+            )
         tracks = self.training and self.track_running_stats
         counter = self.num_batches_tracked
         momentum = 0.0
         if self.momentum is not None:
             momentum = self.momentum
-        if tracks and counter is not None:
-            counter.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(counter)
+        elif tracks and counter is not None:
+            momentum = 1.0 / (float(counter) + 1.0)
         mean = self.running_mean if tracks or not self.training else None
         var = self.running_var if tracks or not self.training else None
-        return in_torchscript(
+        y = in_torchscript(
             input,
             mean,
             var,
@@ -149,6 +179,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             residual,
             self.activation,
         )
+        if tracks and counter is not None:
+            counter.add_(1)
+        return y
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() in self.shapes:

@@ -76,7 +76,7 @@ class _Finder(MetaPathFinder):
         if fullname not in _ENTRIES:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            spec = None if _is_ours(finder) else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _EnteringLoader(spec.loader)
@@ -106,4 +106,9 @@ def enter() -> None:
     for name in _ENTRIES:
         if name in sys.modules:
             _enter(sys.modules[name])
-    sys.meta_path.insert(0, _Finder())
+    # If this module is imported anew, its finder takes the place of the earlier one.
+    sys.meta_path[:] = [_Finder(), *(finder for finder in sys.meta_path if not _is_ours(finder))]
+
+
+def _is_ours(finder: object) -> bool:
+    return (type(finder).__module__, type(finder).__name__) == (__name__, _Finder.__name__)

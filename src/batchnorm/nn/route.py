@@ -67,7 +67,8 @@ def choose(
         return Route.DIRECT
     if torch_internals.is_transformed() or any(map(is_sharded, tensors)):
         return Route.FORMULA
-    return Route.ATEN if backend is None and torch_internals.is_traced() else Route.OPERATOR
+    recorded = not compiling and (torch_internals.is_traced() or torch_internals.is_made_fx())
+    return Route.ATEN if backend is None and recorded else Route.OPERATOR
 
 
 def _may_skip_dispatcher(tensors: tuple[Tensor | None, ...]) -> bool:

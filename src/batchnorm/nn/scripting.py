@@ -19,6 +19,10 @@ def in_torchscript(
     activation: str | None = None,
 ) -> Tensor:
     """The call that TorchScript compiles in place of ``batch_norm``; it holds torch's operators."""
+    if activation is not None and activation != "relu":
+        raise ValueError("activation must be None or 'relu', got '" + activation + "'.")
+    if residual is not None and residual.size() != x.size():
+        raise RuntimeError("residual must have the input's shape.")
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual

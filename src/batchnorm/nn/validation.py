@@ -130,6 +130,10 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
     """Raises if the residual cannot be added element by element."""
     if residual is None:
         return
+    if not isinstance(residual, Tensor):
+        raise TypeError(
+            f"batch_norm expects residual as a tensor or None, got {type(residual).__name__}."
+        )
     for rule in ("shape", "dtype", "device"):
         expected, got = getattr(x, rule), getattr(residual, rule)
         if expected != got:

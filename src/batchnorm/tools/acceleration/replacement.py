@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from batchnorm.nn.forward import forward_of
 from batchnorm.nn.functional import Activation
-from batchnorm.nn.layers import LAYERS
+from batchnorm.nn.layers import LAYERS, forward_of
 from batchnorm.tools.patching import ACCELERATED_MARK, ReplacedMethod, is_replaced_by_others
 from batchnorm.torch_internals import has_hooks
 
