@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from model_cases import (
     is_ours,
     relus_and_additions,
     restored,
+    tail,
     varied,
 )
 
@@ -405,6 +408,72 @@ def test_a_model_compiled_in_place():
     model(images())
     assert accelerate(model, images()).verified
     assert BlockForward.find(model) is not None
+
+
+def residual_block() -> nn.Module:
+    return varied(nets.BasicBlock(3, 3))
+
+
+def block_with_relu() -> nn.Module:
+    return tail(lambda self, out, residual: self.relu(out))
+
+
+def block_with_addition() -> nn.Module:
+    return tail(lambda self, out, residual: torch.relu(residual.add(out)))
+
+
+def graphs(blocks: list[nn.Module]) -> int:
+    """Number of graphs that dynamo makes if each block is compiled on its own."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for training in (True, False):
+        for block in blocks:
+            block.train(training).compile(backend="aot_eager", fullgraph=True)
+            block(images()).sum().backward()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("block", "accelerated_first"),
+    [
+        (residual_block, False),
+        (residual_block, True),
+        (block_with_relu, False),
+        (block_with_addition, False),
+    ],
+)
+def test_equal_blocks_that_are_compiled_one_by_one_share_their_graphs(block, accelerated_first):
+    first = block()
+    expected = graphs([copy.deepcopy(first) for _ in range(12)])
+    if accelerated_first:
+        accelerate(first)
+    blocks = [copy.deepcopy(first) for _ in range(12)]
+    if not accelerated_first:
+        assert accelerate(nn.Sequential(*blocks)).found >= 12
+    assert graphs(blocks) == expected
+    runs = {BlockForward.find(block)._rewritten for block in blocks}
+    assert len(runs) == 1
+
+
+def test_blocks_that_differ_in_what_was_read_share_nothing():
+    blocks = [residual_block() for _ in range(3)]
+    blocks[1].downsample = nn.Identity()
+    blocks[2].bn1 = batchnorm.BatchNorm2d(3).double()
+    plain = copy.deepcopy(blocks)
+    for block, original in zip(blocks, plain, strict=True):
+        accelerate(block)
+        assert relus_and_additions(block) == (0, 0)
+        assert_same_function(block, original)
+    assert len({BlockForward.find(block)._rewritten for block in blocks}) == 3
+
+
+def test_rewritten_forwards_are_freed_with_their_blocks():
+    block = block_with_relu()
+    accelerate(block)
+    freed = weakref.ref(BlockForward.find(block)._rewritten)
+    del block
+    gc.collect()
+    assert freed() is None
 
 
 def test_replicas_of_layers_built_as_ours_use_their_own_state():
