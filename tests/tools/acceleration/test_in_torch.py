@@ -31,6 +31,7 @@ from model_cases import (
     tail,
     varied,
 )
+from real_networks import import_torchvision
 
 pytestmark = [
     pytest.mark.untyped,
@@ -589,6 +590,41 @@ def test_symbolic_trace(network, training):
     torch.manual_seed(0)
     assert_close(traced(images()), expected)
     assert_close(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+class AnyRank(nn.BatchNorm2d):
+    """torch.fx looks into it, because it is no class of torch's."""
+
+    def _check_input_dim(self, input):
+        pass
+
+
+def timms(**options) -> nn.Module:
+    import_torchvision()
+    return pytest.importorskip("timm.layers").BatchNormAct2d(4, **options)
+
+
+OPEN_LAYERS = {
+    "subclass": lambda: AnyRank(4),
+    "act": lambda: nets.BatchNormAct2d(4),
+    "other act": lambda: nets.BatchNormAct2d(4, nn.SiLU(), nn.Dropout(0.0)),
+    "timm": timms,
+    "timm, SiLU": lambda: timms(act_layer=nn.SiLU),
+}
+
+
+@pytest.mark.parametrize("layer", OPEN_LAYERS.values(), ids=OPEN_LAYERS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("around", [nets.ConvNormAct, lambda layer: layer])
+def test_symbolic_trace_looks_into_layers_as_before(layer, training, around):
+    model = varied(around(layer())).train(training)
+    plain = copy.deepcopy(model)
+    assert accelerate(model).found == 1
+    graph, expected = fx.symbolic_trace(model), fx.symbolic_trace(plain)
+    assert graph.code == expected.code
+    assert counts(model) == counts(plain)
+    x = images() if isinstance(model, nets.ConvNormAct) else images(4).repeat(1, 2, 1, 1)[:, :4]
+    assert_close(graph(x), expected(x))
 
 
 def test_folding_and_fusing_by_torch():
