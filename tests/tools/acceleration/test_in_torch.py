@@ -287,6 +287,29 @@ def test_converters_that_change_a_layer_or_a_block(convert, order):
     assert_same_function(model, plain)
 
 
+@pytest.mark.parametrize("convert", CONVERTERS, ids=lambda convert: convert.__name__)
+@pytest.mark.parametrize("order", ["accelerated first", "converted first", "not accelerated"])
+def test_converters_that_change_a_layer_built_as_ours(convert, order):
+    plain = triples(2)
+    model = copy.deepcopy(plain)
+    model[1] = batchnorm.BatchNorm2d(4).double()
+    model[1].load_state_dict(plain[1].state_dict())
+    if order == "accelerated first":
+        accelerate(model)
+    for each in (model, plain):
+        torch.manual_seed(0)
+        convert(each)
+    if order == "converted first":
+        accelerate(model, images())
+    assert_same_function(model, plain)
+    batchnorm.to_torch(model)
+    assert [type(m).__name__ for m in model.modules()] == [
+        type(m).__name__ for m in plain.modules()
+    ]
+    assert not any(map(is_ours, model.modules()))
+    assert_same_function(model, plain)
+
+
 class WithScale(nets.Tail):
     def __init__(self):
         super().__init__()

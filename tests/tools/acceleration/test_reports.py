@@ -62,8 +62,14 @@ class Shift(Holder):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Shift(torch.zeros(3), torch.ones(3)), "it is a Shift, which is no batch norm layer of torch"),
-        (batchnorm.scratch.BatchNorm(3, 4), "it is a BatchNorm, which is no batch norm layer of to"),
+        (
+            Shift(torch.zeros(3), torch.ones(3)),
+            "it is a Shift, which is no batch norm layer of torch",
+        ),
+        (
+            batchnorm.scratch.BatchNorm(3, 4),
+            "it is a BatchNorm, which is no batch norm layer of to",
+        ),
         (Shift(torch.zeros(3), None), "it keeps running_mean but no running_var"),
         (Shift(torch.zeros(3, 3), torch.ones(3, 3)), "its running_mean has the shape (3, 3)"),
         (Holder(torch.zeros(3), torch.ones(3)), None),
@@ -120,7 +126,9 @@ def test_a_shallow_copy_does_not_take_the_forward_from_the_original(tool, tool_f
     with tool(model):
         accelerate(model)
         twin = copy.copy(model[0])
-        with pytest.raises(RuntimeError, match=r"restore: the .* is a shallow copy, and shares its"):
+        with pytest.raises(
+            RuntimeError, match=r"restore: the .* is a shallow copy, and shares its"
+        ):
             restore(twin)
         assert_close(twin(images()), plain[0](images()))
         assert restore(model).layers == 1
