@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 import batchnorm
@@ -170,7 +172,129 @@ def test_hooks_that_would_see_something_else_are_named():
     model = nn.Sequential(batchnorm.BatchNorm1d(3, activation="relu"), batchnorm.BatchNorm1d(3))
     for layer in model:
         layer.register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="the hooks of 0 see its output before the ReLU from now"):
+    with pytest.warns(UserWarning, match="the hooks of 0 see the output before the ReLU from now"):
+        to_torch(model)
+
+
+@pytest.mark.parametrize("hooked", [(0,), (1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("kind", ["forward_hook", "full_backward_hook"])
+def test_a_warning_that_is_an_error_leaves_the_model_whole(hooked, kind):
+    kinds = (batchnorm.BatchNorm2d, batchnorm.BatchNorm2d, batchnorm.LazyBatchNorm2d)
+    model = nn.Sequential(
+        *(k(*() if "Lazy" in k.__name__ else (3,), activation="relu") for k in kinds)
+    )
+    accelerate(model)
+    for index in hooked:
+        getattr(model[index], f"register_{kind}")(lambda *_: None)
+    before = anatomy(model)
+    names = ", ".join(map(str, hooked))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=f"to_torch: the hooks of {names} see the output"):
+            to_torch(model)
+    assert anatomy(model) == before
+    with pytest.warns(UserWarning, match=f"to_torch: the hooks of {names} see") as caught:
+        to_torch(model)
+    assert len(caught) == 1
+    assert [type(part[0]) for part in model] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.LazyBatchNorm2d]
+
+
+def hold(model, name):
+    return {
+        "list": [model.bn1],
+        "tuple": (1, model.bn1),
+        "dict": {"a": model.bn1},
+        "key": {model.bn1: "a"},
+        "set": {model.bn1},
+        "containers": [{"a": (model.conv1, [model.bn1])}],
+        "block": [nn.Sequential(model.bn1)],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["list", "tuple", "dict", "key", "set", "containers", "block"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_layer_that_would_lose_its_relu_elsewhere_is_refused_by_name(name, inside):
+    block = varied(Block())
+    block.stages = hold(block, name)
+    model, prefix, owner = block, "", "the model itself"
+    if inside:
+        model, prefix, owner = nn.Sequential(nn.Identity(), block), r"1\.", "1"
+    accelerate(model)
+    before = anatomy(model)
+    message = rf"to_torch: {prefix}bn1 has an activation, and the attribute 'stages' of {owner} ho"
+    with pytest.raises(RuntimeError, match=message):
+        to_torch(model)
+    assert anatomy(model) == before
+    del block.stages
+    assert type(to_torch(model).get_submodule("1" if inside else "").bn1) is nn.Sequential
+
+
+def test_an_attribute_that_is_the_layer_itself_is_refused():
+    model = Block()
+    object.__setattr__(model, "first", model.bn1)
+    with pytest.raises(
+        RuntimeError, match="and the attribute 'first' of the model itself holds it"
+    ):
+        to_torch(model)
+
+
+def test_layers_in_lists_without_an_activation_and_blocks_are_converted():
+    model = varied(Block())
+    model.stages = [model.bn2, model.bn3, model.conv1]
+    outer = nn.Sequential(model)
+    outer.blocks = [model, {"cycle": model.stages}]
+    outer.blocks.append(outer.blocks)
+    original = copy.deepcopy(outer)
+    to_torch(outer)
+    assert model.stages[0][0] is model.bn2[0]
+    assert type(model.bn2[0]) is nn.BatchNorm2d
+    assert_close(outer(images()), original(images()))
+
+
+PARAMETRIZE = {
+    "softplus": lambda m: parametrize.register_parametrization(m, "weight", nn.Softplus()),
+    "weight norm": lambda m: parametrizations.weight_norm(m, "weight", dim=None),
+    "both": lambda m: [
+        parametrize.register_parametrization(m, name, nn.Tanh()) for name in ("weight", "bias")
+    ],
+    "buffer": lambda m: parametrize.register_parametrization(m, "running_var", nn.Softplus()),
+}
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("how", PARAMETRIZE.values(), ids=PARAMETRIZE)
+def test_parametrizations_stay(how, copied, activation):
+    model = varied(
+        nn.Sequential(nn.Conv2d(3, 4, 1), batchnorm.BatchNorm2d(4, activation=activation))
+    )
+    how(model[1])
+    original = copy.deepcopy(model)  # of the same class
+    to_torch(model)
+    layer = model[1] if activation is None else model[1][0]
+    assert type(layer).__mro__[1] is nn.BatchNorm2d
+    assert type(original[1]).__mro__[1] is batchnorm.BatchNorm2d
+    twin = copy.deepcopy(model) if copied else model
+    for training in (False, True):
+        assert_close(twin.train(training)(images()), original.train(training)(images()))
+    layer = twin[1] if activation is None else twin[1][0]
+    for name in list(layer.parametrizations):
+        parametrize.remove_parametrizations(layer, name)
+    assert type(layer) is nn.BatchNorm2d
+    accelerate(twin)
+    assert is_ours(layer)
+
+
+class Doubled(batchnorm.BatchNorm2d):
+    """A user's class, also when it is parametrized."""
+
+
+def test_a_parametrized_subclass_is_refused_by_name():
+    model = nn.Sequential(Doubled(3))
+    parametrize.register_parametrization(model[0], "weight", nn.Softplus())
+    with pytest.raises(
+        TypeError, match="to_torch: 0 is a ParametrizedDoubled, a subclass of a lay"
+    ):
         to_torch(model)
 
 

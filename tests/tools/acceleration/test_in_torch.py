@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -26,8 +28,10 @@ from model_cases import (
     is_ours,
     relus_and_additions,
     restored,
+    tail,
     varied,
 )
+from real_networks import import_torchvision
 
 pytestmark = [
     pytest.mark.untyped,
@@ -283,6 +287,29 @@ def test_converters_that_change_a_layer_or_a_block(convert, order):
     assert_same_function(model, plain)
 
 
+@pytest.mark.parametrize("convert", CONVERTERS, ids=lambda convert: convert.__name__)
+@pytest.mark.parametrize("order", ["accelerated first", "converted first", "not accelerated"])
+def test_converters_that_change_a_layer_built_as_ours(convert, order):
+    plain = triples(2)
+    model = copy.deepcopy(plain)
+    model[1] = batchnorm.BatchNorm2d(4).double()
+    model[1].load_state_dict(plain[1].state_dict())
+    if order == "accelerated first":
+        accelerate(model)
+    for each in (model, plain):
+        torch.manual_seed(0)
+        convert(each)
+    if order == "converted first":
+        accelerate(model, images())
+    assert_same_function(model, plain)
+    batchnorm.to_torch(model)
+    assert [type(m).__name__ for m in model.modules()] == [
+        type(m).__name__ for m in plain.modules()
+    ]
+    assert not any(map(is_ours, model.modules()))
+    assert_same_function(model, plain)
+
+
 class WithScale(nets.Tail):
     def __init__(self):
         super().__init__()
@@ -407,6 +434,72 @@ def test_a_model_compiled_in_place():
     assert BlockForward.find(model) is not None
 
 
+def residual_block() -> nn.Module:
+    return varied(nets.BasicBlock(3, 3))
+
+
+def block_with_relu() -> nn.Module:
+    return tail(lambda self, out, residual: self.relu(out))
+
+
+def block_with_addition() -> nn.Module:
+    return tail(lambda self, out, residual: torch.relu(residual.add(out)))
+
+
+def graphs(blocks: list[nn.Module]) -> int:
+    """Number of graphs that dynamo makes if each block is compiled on its own."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for training in (True, False):
+        for block in blocks:
+            block.train(training).compile(backend="aot_eager", fullgraph=True)
+            block(images()).sum().backward()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("block", "accelerated_first"),
+    [
+        (residual_block, False),
+        (residual_block, True),
+        (block_with_relu, False),
+        (block_with_addition, False),
+    ],
+)
+def test_equal_blocks_that_are_compiled_one_by_one_share_their_graphs(block, accelerated_first):
+    first = block()
+    expected = graphs([copy.deepcopy(first) for _ in range(12)])
+    if accelerated_first:
+        accelerate(first)
+    blocks = [copy.deepcopy(first) for _ in range(12)]
+    if not accelerated_first:
+        assert accelerate(nn.Sequential(*blocks)).found >= 12
+    assert graphs(blocks) == expected
+    runs = {BlockForward.find(block)._rewritten for block in blocks}
+    assert len(runs) == 1
+
+
+def test_blocks_that_differ_in_what_was_read_share_nothing():
+    blocks = [residual_block() for _ in range(3)]
+    blocks[1].downsample = nn.Identity()
+    blocks[2].bn1 = batchnorm.BatchNorm2d(3).double()
+    plain = copy.deepcopy(blocks)
+    for block, original in zip(blocks, plain, strict=True):
+        accelerate(block)
+        assert relus_and_additions(block) == (0, 0)
+        assert_same_function(block, original)
+    assert len({BlockForward.find(block)._rewritten for block in blocks}) == 3
+
+
+def test_rewritten_forwards_are_freed_with_their_blocks():
+    block = block_with_relu()
+    accelerate(block)
+    freed = weakref.ref(BlockForward.find(block)._rewritten)
+    del block
+    gc.collect()
+    assert freed() is None
+
+
 def test_replicas_of_layers_built_as_ours_use_their_own_state():
     layer = batchnorm.BatchNorm2d(3).double().eval()
     replica = layer._replicate_for_data_parallel()
@@ -520,6 +613,41 @@ def test_symbolic_trace(network, training):
     torch.manual_seed(0)
     assert_close(traced(images()), expected)
     assert_close(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+class AnyRank(nn.BatchNorm2d):
+    """torch.fx looks into it, because it is no class of torch's."""
+
+    def _check_input_dim(self, input):
+        pass
+
+
+def timms(**options) -> nn.Module:
+    import_torchvision()
+    return pytest.importorskip("timm.layers").BatchNormAct2d(4, **options)
+
+
+OPEN_LAYERS = {
+    "subclass": lambda: AnyRank(4),
+    "act": lambda: nets.BatchNormAct2d(4),
+    "other act": lambda: nets.BatchNormAct2d(4, nn.SiLU(), nn.Dropout(0.0)),
+    "timm": timms,
+    "timm, SiLU": lambda: timms(act_layer=nn.SiLU),
+}
+
+
+@pytest.mark.parametrize("layer", OPEN_LAYERS.values(), ids=OPEN_LAYERS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("around", [nets.ConvNormAct, lambda layer: layer])
+def test_symbolic_trace_looks_into_layers_as_before(layer, training, around):
+    model = varied(around(layer())).train(training)
+    plain = copy.deepcopy(model)
+    assert accelerate(model).found == 1
+    graph, expected = fx.symbolic_trace(model), fx.symbolic_trace(plain)
+    assert graph.code == expected.code
+    assert counts(model) == counts(plain)
+    x = images() if isinstance(model, nets.ConvNormAct) else images(4).repeat(1, 2, 1, 1)[:, :4]
+    assert_close(graph(x), expected(x))
 
 
 def test_folding_and_fusing_by_torch():
@@ -643,11 +771,17 @@ class LooksLike(nn.Module):
         self.register_buffer("running_mean", torch.zeros(3))
         self.register_buffer("running_var", torch.ones(3))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.running_mean
+
 
 class OfTheBook(nn.Module):
     def __init__(self):
         super().__init__()
         self.moving_mean, self.moving_var = torch.zeros(1, 3), torch.ones(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.moving_mean
 
 
 @pytest.mark.parametrize(

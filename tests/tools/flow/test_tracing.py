@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import random
 import sys
@@ -263,6 +264,93 @@ def test_other_modules_and_classes_hear_nothing_of_a_trace():
     assert heard == []
     assert_close(outputs[0], other(images().float()), **EXACT)
     assert "__getattribute__" not in vars(nn.Module)
+
+
+MADE: list[str] = []
+
+
+class HearsInit(type):
+    def __init__(cls, *args):
+        super().__init__(*args)
+        MADE.append(cls.__name__)
+
+
+class HearsNew(type):
+    def __new__(mcs, *args, **options):
+        MADE.append(args[0])
+        return super().__new__(mcs, *args, **options)
+
+
+class HearsCall(type):
+    def __prepare__(name, *args, **options):
+        MADE.append(name)
+        return {}
+
+
+class OfHearsCall(nn.ReLU, metaclass=HearsCall):
+    """Python calls ``__prepare__`` of a metaclass for a class statement only."""
+
+
+class Abstract(nn.ReLU, abc.ABC):
+    """The metaclass of the standard library has a registry, too."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [HearsInit("OfInit", (nn.ReLU,), {}), HearsNew("OfNew", (nn.ReLU,), {}), OfHearsCall, Abstract],
+)
+def test_metaclasses_hear_nothing_of_a_trace(kind):
+    MADE.clear()
+    model = varied(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), kind()))
+    original = copy.deepcopy(model)
+    assert accelerate(model).relus == ("1",)
+    assert MADE == []
+    assert_same_function(model, original)
+
+
+def scripted(module: nn.Module) -> nn.Module:
+    return torch.jit.script(module.double())
+
+
+def traced(module: nn.Module) -> nn.Module:
+    return torch.jit.trace(module.double(), images(), check_trace=False)
+
+
+class AroundScript(nets.Tail):
+    """A block that calls a module of TorchScript among others."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).mean() + self.relu(self.bn(self.conv(x)))
+
+
+SCRIPTS = {
+    "a layer": lambda: nn.Conv2d(3, 3, 1),
+    "a block": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()),
+    "a block with statistics": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
+}
+AROUND = {
+    "beside": lambda inner: nn.Sequential(inner, nn.BatchNorm2d(3), nn.ReLU()),
+    "deeper": lambda inner: nn.Sequential(nn.Sequential(inner), nn.BatchNorm2d(3), nn.ReLU()),
+    "in a block": AroundScript,
+}
+
+
+@pytest.mark.untyped
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compile_", [scripted, traced])
+@pytest.mark.parametrize("inner", SCRIPTS.values(), ids=SCRIPTS)
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_modules_of_torchscript_are_called_as_one(compile_, inner, around):
+    model = around(compile_(inner())).double()
+    graph, conditions = tracing.trace(model)
+    calls = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    assert calls == {name for name, _ in model.named_children()}
+    assert conditions.are_met(model, (images(),), {})
 
 
 def test_the_module_itself_may_be_called_while_it_is_traced():

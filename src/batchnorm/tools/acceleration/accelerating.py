@@ -13,13 +13,14 @@ from torch.nn.parameter import is_lazy
 from batchnorm.nn.layers import LAYERS
 from batchnorm.tools.acceleration.fusion import fuse
 from batchnorm.tools.acceleration.replacement import (
+    REPLACED_FORWARD,
     AcceleratedForward,
     LayerForward,
     can_fuse,
     replace,
 )
 from batchnorm.tools.acceleration.verification import Differences, Snapshot, Verification
-from batchnorm.tools.patching import has_accelerated_mark, warn
+from batchnorm.tools.patching import has_accelerated_mark, is_batch_norm, unlike, warn
 from batchnorm.tools.wording import counted, displayed, wrapped
 
 
@@ -175,11 +176,17 @@ def restore(model: nn.Module) -> Restoration:
     for name, module in model.named_modules():
         if not has_accelerated_mark(module):
             continue
-        found[module] = AcceleratedForward.find(module)
-        if found[module] is None:
+        forward = found[module] = AcceleratedForward.find(module)
+        if forward is None:
             raise RuntimeError(
                 f"restore: the forward of {displayed(name)} ({type(module).__name__}) was replaced "
                 "by other code since accelerate; undo that first. Nothing was restored."
+            )
+        if module is not forward.module and vars(module)["forward"] is not forward:
+            raise RuntimeError(
+                f"restore: {displayed(name)} ({type(module).__name__}) is a shallow copy, and "
+                "shares its forward, which another tool replaced, with the original; restore the "
+                "original, or end that tool first. Nothing was restored."
             )
     for module, forward in found.items():
         forward.uninstall(module)
@@ -191,10 +198,10 @@ def _accelerate(model: nn.Module, example_input: Any, before: Snapshot) -> Accel
     verification = None
     if example_input is not None:
         verification = Verification(model, example_input, before)
-    found, replaced, relus, additions, left = 0, [], [], [], {}
+    found, replaced, relus, additions, left = 0, [], [], [], _left(model)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, _BatchNorm):
-            if _looks_like_batch_norm(layer):
+            if is_batch_norm(layer):
                 kind = type(layer).__name__
                 left[name] = f"it is a {kind}, which is no batch norm layer of torch's"
             continue
@@ -218,7 +225,7 @@ def _accelerate(model: nn.Module, example_input: Any, before: Snapshot) -> Accel
         additions += [prefix + layer for layer in fusions.additions]
         left |= {(prefix + n if n else name): reason for n, reason in fusions.left.items()}
     differences = None
-    if verification is not None:
+    if verification is not None and (replaced or relus or additions):
         differences = verification.check(model)
     if not found:
         warn(
@@ -229,6 +236,15 @@ def _accelerate(model: nn.Module, example_input: Any, before: Snapshot) -> Accel
     return Acceleration(found, *names, left, differences is not None, differences)
 
 
+def _left(model: nn.Module) -> dict[str, str]:
+    """Modules that have statistics but are no batch norm, or whose forward was replaced again."""
+    left = unlike(model)
+    for name, module in model.named_modules():
+        if has_accelerated_mark(module) and AcceleratedForward.find(module) is None:
+            left[name] = REPLACED_FORWARD
+    return left
+
+
 def _check_replicas(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
@@ -237,12 +253,6 @@ def _check_replicas(model: nn.Module) -> None:
                 "call, and the copies would compute with the original's tensors; use "
                 "DistributedDataParallel."
             )
-
-
-def _looks_like_batch_norm(module: nn.Module) -> bool:
-    """Tells if a module keeps a running mean and variance, under torch's names or d2l's."""
-    own = vars(module).keys() | module._buffers.keys()
-    return {"running_mean", "running_var"} <= own or {"moving_mean", "moving_var"} <= own
 
 
 def _check_initialized(model: nn.Module) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from batchnorm.nn import layers as ours
 from batchnorm.tools.acceleration.accelerating import restore
@@ -31,7 +34,8 @@ def to_torch(model: nn.Module) -> nn.Module:
     buffers, options, hooks and changes by tools such as `freeze`, and the same keys in
     ``state_dict``. A layer with ``activation="relu"`` becomes a ``torch.nn.Sequential`` of torch's
     layer and a ``torch.nn.ReLU``; the keys of layer ``bn`` are then ``bn.0.weight``, and so on, and
-    its hooks see the output before the ReLU. Torch's layers take no ``residual``.
+    its hooks see the output before the ReLU. Torch's layers take no ``residual``. Parametrizations
+    stay.
 
     Args:
         model: Any module, also a layer; one that holds nothing of ours stays as it is.
@@ -41,7 +45,8 @@ def to_torch(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: A layer is of a subclass of ours; nothing is converted.
-        RuntimeError: Foreign code replaced the ``forward`` of a layer; nothing is converted.
+        RuntimeError: Foreign code replaced the ``forward`` of a layer, or a layer with an
+            activation is also in an attribute that is no submodule; nothing is converted.
 
     Example:
         >>> import torch, batchnorm
@@ -52,18 +57,31 @@ def to_torch(model: nn.Module) -> nn.Module:
         (<class 'torch.nn.modules.container.Sequential'>, 'torch.nn.modules.batchnorm')
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, ours._BatchNorm)}
-    for name, layer in found.items():
-        _check(name, layer)
+    kinds = {name: _torchs_class(name, layer) for name, layer in found.items()}
+    active = {id(m): n for n, m in found.items() if vars(m).get("activation") is not None}
+    _check_references(model, active)
+    hooked = [n for n in active.values() if has_output_hooks(found[n])]
+    if hooked:
+        warnings.warn(
+            f"to_torch: the hooks of {', '.join(map(displayed, hooked))} see the output before the "
+            "ReLU from now on, because the ReLU is a module of its own; register them on the "
+            "Sequential around the layer if they need the output after it.",
+            stacklevel=2,
+        )
     restore(model)
-    with_relu = {id(layer): _converted(name, layer) for name, layer in found.items()}
+    with_relu = {id(layer): _converted(layer, kinds[name]) for name, layer in found.items()}
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            module._modules[name] = with_relu.get(id(child), child)
+            if id(child) in active:
+                module._modules[name] = with_relu[id(child)]
     return with_relu.get(id(model), model)
 
 
-def _check(name: str, layer: _BatchNorm) -> None:
-    if type(layer) not in _TORCHS:
+def _torchs_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
+    """Returns torch's class for the class of a layer, with the same parametrizations."""
+    kind, is_parametrized = type(layer), type(layer).__module__ == parametrize.__name__
+    torchs = _TORCHS.get(kind.__bases__[0] if is_parametrized else kind)
+    if torchs is None:
         raise TypeError(
             f"to_torch: {displayed(name)} is a {type(layer).__name__}, a subclass of a layer of "
             "batchnorm, and what it adds is unknown; replace it by a layer of torch's first. "
@@ -74,22 +92,46 @@ def _check(name: str, layer: _BatchNorm) -> None:
             f"to_torch: the forward of {displayed(name)} ({type(layer).__name__}) was replaced by "
             "other code, which may call ours; undo that first. Nothing was converted."
         )
+    if is_parametrized:
+        return type(f"Parametrized{torchs.__name__}", (torchs,), dict(vars(kind)))
+    return torchs
 
 
-def _converted(name: str, layer: _BatchNorm) -> nn.Module:
+def _check_references(model: nn.Module, active: Mapping[int, str]) -> None:
+    """Refuses a layer with an activation that is also reached past the names of submodules."""
+    modules = dict(model.named_modules())
+    for owner, module in modules.items():
+        for attribute, value in vars(module).items():
+            others = [] if attribute == "_modules" else list(_modules_in(value))
+            hidden = [part for m in others if m not in modules.values() for part in m.modules()]
+            names = [active[id(m)] for m in (*others, *hidden) if id(m) in active]
+            if names:
+                raise RuntimeError(
+                    f"to_torch: {displayed(names[0])} has an activation, and the attribute "
+                    f"{attribute!r} of {displayed(owner)} holds it, too, and would call it without "
+                    "its ReLU; keep the layer as a submodule only. Nothing was converted."
+                )
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """Yields the modules in containers in containers."""
+    rest, seen = [value], set()
+    while rest:
+        item = rest.pop()
+        if isinstance(item, nn.Module):
+            yield item
+        elif isinstance(item, (list, tuple, set, frozenset, dict)) and id(item) not in seen:
+            seen.add(id(item))
+            rest += [*item, *item.values()] if isinstance(item, dict) else item
+
+
+def _converted(layer: _BatchNorm, kind: type[nn.Module]) -> nn.Module:
     """Changes the class of a layer, and returns what computes the same as the layer did."""
     activation = vars(layer).pop("activation", None)
     vars(layer).pop("__module__", None)
-    change_class(layer, _TORCHS[type(layer)])
+    change_class(layer, kind)
     if activation is None:
         return layer
-    if has_output_hooks(layer):
-        warnings.warn(
-            f"to_torch: the hooks of {displayed(name)} see its output before the ReLU from now on, "
-            "because the ReLU is a module of its own; register them on the Sequential around it if "
-            "they need the output after it.",
-            stacklevel=3,
-        )
     both = nn.Sequential(layer, nn.ReLU())
     for module in (both, both[1]):
         module.training = layer.training

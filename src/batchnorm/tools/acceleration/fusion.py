@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
@@ -62,7 +63,8 @@ class Fusions:
 class _Rewritten:
     """A rewritten forward, and the conditions under which it may run in place of the original.
 
-    It refers to no module, so copies of a block share it. A pickle holds None in its place.
+    It refers to no module, so equal blocks share it: block by block, compiled code is compiled once
+    for all of them. A pickle holds None in its place.
 
     Attributes:
         conditions: Those of the trace; None if the forward cannot be followed.
@@ -87,6 +89,10 @@ class _Rewritten:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+_shared: WeakValueDictionary[tuple[Any, ...], _Rewritten] = WeakValueDictionary()
+"""Rewritten forwards by conditions, members and source."""
 
 
 class BlockForward(AcceleratedForward):
@@ -172,7 +178,12 @@ def _rewritten(block: nn.Module, fusions: Fusions) -> _Rewritten:
         (fusions.relus if match.addition is None else fusions.additions).append(match.name)
         match.rewrite(graph)
     paths = tuple((tuple(name.split(".")), kind) for name, kind in members.items())
-    return _Rewritten(conditions, paths, type(fx.GraphModule(block, graph)).forward)
+    key = (conditions, paths, graph.python_code(root_module="self").src)
+    found = _shared.get(key)
+    if found is None:
+        run = type(fx.GraphModule(block, graph)).forward
+        found = _shared[key] = _Rewritten(conditions, paths, run)
+    return found
 
 
 @dataclass
@@ -220,7 +231,7 @@ def _match(block: nn.Module, graph: fx.Graph, relu: fx.Node) -> _Match | None:
     if _is_layer(block, end):
         return _Match(end, after, relu)
     is_addition = end.op in ("call_function", "call_method") and end.target in _ADDITIONS
-    if not is_addition or len(end.args) != 2 or end.kwargs.get("alpha", 1) != 1:
+    if not is_addition or len(end.args) != 2 or end.kwargs not in ({}, {"alpha": 1}):
         return None
     first, second = end.args
     choices: list[tuple[Any, Any, Sum]] = [(first, second, "y + r"), (second, first, "r + y")]

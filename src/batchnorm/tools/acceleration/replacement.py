@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -39,8 +39,10 @@ class LayerForward(AcceleratedForward):
 
     module: _BatchNorm
 
-    def call(self, input: Tensor) -> Tensor:
-        """Computes the layer's output."""
+    def call(self, input: Tensor | fx.Proxy) -> Any:
+        """Computes the layer's output; ``torch.fx`` records what the class computes."""
+        if isinstance(input, fx.Proxy):
+            return self.original(input)
         return self.compute(input)
 
     def compute(
@@ -57,8 +59,10 @@ class LayerForward(AcceleratedForward):
 class LayerWithActivationForward(LayerForward):
     """The forward of timm's ``BatchNormAct2d``: ``act(drop(batch_norm(x)))``."""
 
-    def call(self, input: Tensor) -> Tensor:
+    def call(self, input: Tensor | fx.Proxy) -> Any:
         """Computes the layer's output, in one pass if ``act`` is a ReLU and ``drop`` nothing."""
+        if isinstance(input, fx.Proxy):
+            return self.original(input)
         if self.fuses():
             return self.compute(input, None, "relu")
         layer: Any = self.module

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.tools.patching import Handle, SavedTensors, batch_norms, listen, replacements
+from batchnorm.tools.patching import Handle, SavedTensors, is_batch_norm, listen, replacements
 
 Results = dict[str, Tensor]
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -294,7 +294,8 @@ def _disturbed(model: nn.Module, seed: int) -> Handle:
         step = max(2 * eps, min(64 * eps, 4e-3)) * x.detach().abs().amax()
         return x + (noise - 1).to(x.device, x.dtype) * step
 
-    return listen(batch_norms(model, caller="accelerate"), move, caller="accelerate")
+    layers = {name: module for name, module in model.named_modules() if is_batch_norm(module)}
+    return listen(layers, move, caller="accelerate")
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

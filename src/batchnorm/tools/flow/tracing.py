@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -203,7 +202,7 @@ class _Tracer(GraphAppendingTracer):
 
 
 class _SilentBase:
-    """Keeps a user's ``__init_subclass__`` from hearing of the classes made here."""
+    """Hides the classes made here from a user's ``__init_subclass__``."""
 
     def __init_subclass__(cls) -> None:
         pass
@@ -225,7 +224,7 @@ class _StandIns:
         if kind not in self._classes:
             self._classes[kind] = _observed_class(kind, *self._observers)
         made = self._made[id(module)] = object.__new__(self._classes[kind])
-        children = module.__dict__["_modules"]
+        children = vars(module).get("_modules", {})  # TorchScript's modules may have none.
         if isinstance(children, dict):
             children = {
                 name: None if child is None else self.of(child) for name, child in children.items()
@@ -261,5 +260,5 @@ def _observed_class(
         return tracer.call(module, args, kwargs)
 
     body = {"__getattribute__": read, "__getattr__": read_registered, "__call__": call}
-    bases = (_SilentBase, kind)
-    return types.new_class(kind.__name__, bases, exec_body=lambda names: names.update(body))
+    # Not `type(kind)(...)`: a user's metaclass may keep a registry of the classes that it makes.
+    return type.__new__(type(kind), kind.__name__, (_SilentBase, kind), body)
