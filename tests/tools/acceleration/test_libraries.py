@@ -14,7 +14,7 @@ from batchnorm.tools.acceleration import accelerate
 from model_cases import is_ours, restored
 from real_networks import import_torchvision
 
-pytestmark = [pytest.mark.untyped, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.untyped]
 
 
 def network(kind=nn.BatchNorm2d, **options):
@@ -111,6 +111,17 @@ def test_hugging_faces_accelerate_wraps_and_unwraps():
     assert_close(model(images()), plain(images()))
     hooks.remove_hook_from_module(model)
     assert batchnorm.restore(model).blocks == 1
+
+
+def test_hugging_faces_accelerate_takes_layers_built_as_ours():
+    hugging_face = pytest.importorskip("accelerate", reason="Hugging Face's accelerate is missing")
+    model = network(batchnorm.BatchNorm2d)
+    plain = copy.deepcopy(model)
+    wrapped = hugging_face.Accelerator(cpu=True).prepare(model)
+    hugging_face.hooks.add_hook_to_module(model, hugging_face.hooks.ModelHook())
+    assert_close(wrapped(images()), plain(images()))
+    hugging_face.hooks.remove_hook_from_module(model, recurse=True)
+    assert_close(model(images()), plain(images()))
 
 
 def test_export_to_onnx():
