@@ -14,7 +14,7 @@ from batchnorm.tools.acceleration import accelerate
 from model_cases import is_ours, restored
 from real_networks import import_torchvision
 
-pytestmark = [pytest.mark.untyped]
+pytestmark = pytest.mark.untyped
 
 
 def network(kind=nn.BatchNorm2d, **options):
@@ -26,6 +26,9 @@ def images(count: int = 2):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max to specify:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_:UserWarning")
 def test_quantization_fuses_as_it_does_torchs_layers():
     quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     mapping = torch.ao.quantization.get_default_qconfig_mapping("x86")
