@@ -336,6 +336,37 @@ def test_a_parametrized_block(order):
     assert_same_function(model, plain)
 
 
+def by_script(module: nn.Module) -> nn.Module:
+    return torch.jit.script(module)
+
+
+def by_trace(module: nn.Module) -> nn.Module:
+    return torch.jit.trace(module, images(), check_trace=False)
+
+
+@pytest.mark.xfail(
+    reason="tools/patching asks the class of a TorchScript module for its forward",
+    raises=AttributeError,
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compile_", [by_script, by_trace])
+@pytest.mark.parametrize("part", ["0", "0.conv1", "0.downsample", "1"])
+def test_parts_that_torchscript_compiled_are_called_as_before(compile_, part):
+    model = varied(nn.Sequential(nets.BasicBlock(3, 3), nets.BasicBlock(3, 3)))
+    model[0].downsample = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).double()
+    model.eval()
+    model.set_submodule(part, compile_(model.get_submodule(part)))
+    plain = copy.deepcopy(model)
+    result = accelerate(model, images())
+    assert result.verified
+    assert len(result.replaced) == {"0": 2, "0.conv1": 5, "0.downsample": 4, "1": 3}[part]
+    assert len(result.relus) + len(result.additions) == (2 if part in "01" else 4)
+    assert_close(model(images()), plain(images()))
+    restore(model)
+    assert_close(model(images()), plain(images()))
+
+
 def test_a_conversion_that_is_undone_gives_the_fusion_back():
     model = triples()
     accelerate(model)

@@ -14,7 +14,7 @@ from batchnorm.tools.acceleration import accelerate
 from model_cases import is_ours, restored
 from real_networks import import_torchvision
 
-pytestmark = [pytest.mark.untyped, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.untyped
 
 
 def network(kind=nn.BatchNorm2d, **options):
@@ -26,6 +26,9 @@ def images(count: int = 2):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max to specify:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_:UserWarning")
 def test_quantization_fuses_as_it_does_torchs_layers():
     quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     mapping = torch.ao.quantization.get_default_qconfig_mapping("x86")
@@ -111,6 +114,17 @@ def test_hugging_faces_accelerate_wraps_and_unwraps():
     assert_close(model(images()), plain(images()))
     hooks.remove_hook_from_module(model)
     assert batchnorm.restore(model).blocks == 1
+
+
+def test_hugging_faces_accelerate_takes_layers_built_as_ours():
+    hugging_face = pytest.importorskip("accelerate", reason="Hugging Face's accelerate is missing")
+    model = network(batchnorm.BatchNorm2d)
+    plain = copy.deepcopy(model)
+    wrapped = hugging_face.Accelerator(cpu=True).prepare(model)
+    hugging_face.hooks.add_hook_to_module(model, hugging_face.hooks.ModelHook())
+    assert_close(wrapped(images()), plain(images()))
+    hugging_face.hooks.remove_hook_from_module(model, recurse=True)
+    assert_close(model(images()), plain(images()))
 
 
 def test_export_to_onnx():

@@ -49,6 +49,8 @@ class Snapshot:
         modules = list(model.modules())
         objects = [*modules, *(method for module in modules for method in replacements(module))]
         self._objects = [(changed, dict(vars(changed))) for changed in objects]
+        scripts = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        self._modes = [(module, module.training) for module in scripts]  # Not in their __dict__.
         values = [value for _, attributes in self._objects for value in attributes.values()]
         self._containers = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
         parameters = list(model.parameters()) if tensors else []
@@ -67,6 +69,8 @@ class Snapshot:
         for container, content in self._containers:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
+        for module, training in self._modes:
+            module.training = training
         self._tensors.restore()
         for parameter, grad in self._grads:
             parameter.grad = grad
