@@ -200,12 +200,12 @@ def when_backward_pass_ends(callback: Callable[[], None]) -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Tells if somebody listens to the calls of this module, or to its gradients."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return has_output_hooks(module) or bool(module._forward_pre_hooks)
 
 
 def has_output_hooks(module: nn.Module) -> bool:
     """Tells if somebody listens to the outputs of this module, or to their gradients."""
-    return any(getattr(module, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks")
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def clear_hooks(module: nn.Module) -> None:

@@ -152,7 +152,9 @@ QUIET = {
     "fx": lambda m: torch.fx.symbolic_trace(nn.Sequential(m)),
     "export": lambda m: torch.export.export(m, (torch.randn(2, 4, 3, 3),)),
     "compile": lambda m: torch.compile(m, backend="eager", fullgraph=True)(torch.randn(2, 4, 3, 3)),
-    "accelerate": lambda m: batchnorm.accelerate(nn.Sequential(nn.Conv2d(4, 4, 1), m)),
+    "accelerate": lambda m: batchnorm.accelerate(
+        nn.Sequential(nn.Conv2d(4, 4, 1), m), everywhere=True
+    ),
     "recalibrate": lambda m: batchnorm.recalibrate(m, [torch.randn(2, 4, 3, 3)]),
     "guard": lambda m: (batchnorm.guard(m), m(torch.randn(2, 4, 3, 3))),
     "freeze": batchnorm.freeze,

@@ -98,6 +98,20 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
 
 @pytest.mark.untyped
 @pytest.mark.usefixtures("fresh_compiler")
+@compiles
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_with_the_input_as_the_residual(training):
+    layer = batchnorm.BatchNorm2d(3, activation="relu").train(training)
+    compiled = torch.compile(lambda x: layer(x, x), fullgraph=True, backend="aot_eager")
+    x, y = (torch.ones(2, 3, 4, 4).uniform_(-1).requires_grad_() for _ in range(2))
+    y.data.copy_(x.data)
+    compiled(x).square().sum().backward()
+    layer(y, y).square().sum().backward()
+    assert_close(x.grad, y.grad)
+
+
+@pytest.mark.untyped
+@pytest.mark.usefixtures("fresh_compiler")
 @each_momentum
 def test_export_in_training_moves_the_statistics(momentum):
     eager = network(momentum=momentum).train()

@@ -116,7 +116,7 @@ for options in ({}, {"track_running_stats": False}, {"activation": "relu"}):
     ends = [type(m) for m in fixed.modules() if not list(m.children())]
     assert ends == [nn.Conv2d, nn.GroupNorm] + [nn.ReLU] * ("activation" in options)
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-batchnorm.accelerate(model)
+batchnorm.accelerate(model, everywhere=True)
 assert len(V.validate(model, strict=False)) == 1
 assert type(V.fix(model)[1]) is nn.GroupNorm
 """
@@ -132,7 +132,7 @@ def test_private_training_is_refused(kind, options):
         options = {name: value for name, value in options.items() if name != "activation"}
     model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, **options), nn.Flatten(), nn.Linear(64, 2))
     if kind is nn.BatchNorm2d:
-        batchnorm.accelerate(model)
+        batchnorm.accelerate(model, everywhere=True)
     data = torch.utils.data.TensorDataset(torch.randn(8, 3, 6, 6), torch.zeros(8).long())
     with pytest.raises(opacus.validators.errors.UnsupportedModuleError, match="BatchNorm cannot"):
         opacus.PrivacyEngine().make_private(
@@ -163,7 +163,7 @@ assert count(build(batchnorm.BatchNorm2d)) == expected
 assert count(build(batchnorm.BatchNorm2d, activation="relu")) == expected
 assert count(batchnorm.to_torch(build(batchnorm.BatchNorm2d))) == expected
 model = build(nn.BatchNorm2d)
-batchnorm.accelerate(model)
+batchnorm.accelerate(model, everywhere=True)
 assert count(model) == expected
 """
     )

@@ -28,6 +28,9 @@ There ``torch.fx`` looks for the modules of ``torch.nn``, which it records as on
 """
 
 
+_STATISTICS = {"running_mean", "running_var"}
+
+
 def forward_of(
     layer: nn.modules.batchnorm._BatchNorm,
     input: Tensor,
@@ -73,6 +76,24 @@ def forward_of(
         residual,
         activation,
     )
+
+
+def evaluated_by_torch(layer: nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor | None:
+    """Computes what one of torch's layers does in evaluation, in half of torch's time in Python.
+
+    Returns:
+        The output of torch's kernel, to the bit; None where the layer's forward must run, because
+        its tensors are not all in their usual places, or the input is no plain tensor.
+    """
+    parameters, buffers = layer._parameters, layer._buffers
+    if type(input) is not Tensor or not buffers.keys() >= _STATISTICS:
+        return None
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if mean is None or var is None or "weight" not in parameters or "bias" not in parameters:
+        return None
+    layer._check_input_dim(input)
+    weight, bias, cudnn = parameters["weight"], parameters["bias"], torch.backends.cudnn.enabled
+    return torch.batch_norm(input, weight, bias, mean, var, False, 0.0, layer.eps, cudnn)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):

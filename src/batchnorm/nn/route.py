@@ -106,6 +106,11 @@ def may_read(*tensors: Tensor) -> bool:
     return all(tensor.is_cpu for tensor in tensors)
 
 
+def obstacle_to_speed(x: Tensor) -> str | None:
+    """Returns why no fast backend computes ``x``, so that the reference would, or None."""
+    return dispatch.refusal(x)
+
+
 def which_backend(x: Tensor, backend: str | None = None, *, training: bool = True) -> str:
     """Says who computes ``x``; if the fast kernels do not, also why.
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import batchnorm
 import model_nets as nets
 from batchnorm import to_torch
-from batchnorm.tools.acceleration import accelerate
+from everywhere import accelerate
 from model_cases import anatomy, images, is_ours, varied
 
 OURS = {

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
+from everywhere import accelerate
 from model_cases import (
     accelerated,
     assert_same_function,

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm
 import batchnorm.scratch
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate, restore
+from batchnorm.tools.acceleration import restore
 from batchnorm.tools.acceleration.fusion import BlockForward
 from batchnorm.tools.acceleration.replacement import LayerForward
+from everywhere import accelerate
 from model_cases import (
     accelerated,
     anatomy,

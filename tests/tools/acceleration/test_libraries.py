@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import batchnorm
-from batchnorm.tools.acceleration import accelerate
+from everywhere import accelerate
 from model_cases import is_ours, restored
 from real_networks import import_torchvision
 

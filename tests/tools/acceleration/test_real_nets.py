@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from batchnorm.tools.acceleration import accelerate, restore
+from batchnorm.tools.acceleration import restore
+from everywhere import accelerate
 from model_cases import is_ours
 from real_networks import import_torchvision
 

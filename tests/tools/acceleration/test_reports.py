@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import batchnorm
 import batchnorm.scratch
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate, restore
+from batchnorm.tools.acceleration import restore
+from everywhere import accelerate
 from model_cases import accelerated, anatomy, images, restored, varied
 
 NOTHING_TO_DO = {

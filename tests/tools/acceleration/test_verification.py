@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate, replacement, restore
+from batchnorm.tools.acceleration import replacement, restore
+from everywhere import accelerate
 from model_cases import (
     EXACT,
     anatomy,

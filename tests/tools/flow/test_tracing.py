@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.flow import tracing
+from everywhere import accelerate
 from model_cases import (
     EXACT,
     anatomy,

@@ -19,10 +19,10 @@ from torch.testing import assert_close
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.monitoring import watch
 from batchnorm.tools.monitoring.chart import chart
 from batchnorm.tools.monitoring.state import states
+from everywhere import accelerate
 from model_cases import anatomy, relus_and_additions
 
 KINDS = [nn.BatchNorm1d, batchnorm.BatchNorm1d, nn.SyncBatchNorm]

@@ -13,13 +13,13 @@ from torch import nn
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.patching.methods import (
     ReplacedMethod,
     install,
     is_replaced_by_others,
     replacements,
 )
+from everywhere import accelerate
 from layer_kinds import KINDS, built, everything, layers_of
 from model_cases import assert_same_function, varied
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -11,14 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.nn.layers import LAYERS
-from batchnorm.tools.acceleration.fusion import fuse
+from batchnorm.tools.acceleration.fusion import BlockForward, fuse
 from batchnorm.tools.acceleration.replacement import (
+    EVERYWHERE,
     REPLACED_FORWARD,
     AcceleratedForward,
     LayerForward,
     can_fuse,
+    obstacle_to_kernels,
     replace,
 )
+from batchnorm.tools.acceleration.timing import Fused, Timing, choose
 from batchnorm.tools.acceleration.verification import Differences, Snapshot, Verification
 from batchnorm.tools.patching import has_accelerated_mark, is_batch_norm, unlike, warn
 from batchnorm.tools.wording import counted, displayed, wrapped
@@ -34,6 +37,7 @@ class Acceleration:
         relus: Dotted names of the layers that also compute the ReLU after them.
         additions: Dotted names of the layers that also compute an addition and the ReLU after it.
         left: Layers and blocks that stay as they are: the reason by name.
+        timings: What was measured on the example, in training and in evaluation.
         verified: True if outputs, gradients and buffers were compared with the original's.
         differences: The largest differences found, if they were compared.
     """
@@ -43,15 +47,14 @@ class Acceleration:
     relus: tuple[str, ...]
     additions: tuple[str, ...]
     left: Mapping[str, str]
+    timings: tuple[Timing, ...]
     verified: bool
     differences: Differences | None
 
     def __str__(self) -> str:
         lines = [*self._summary(), *self._comparison()]
         if self.left:
-            lines.append("Left as they are:")
-            for name, reason in self.left.items():
-                lines.append(f"  {displayed(name)}: {reason}")
+            lines += ["Left as they are:", *self._left()]
         return "\n".join(wrapped(line, "    " if line[0] == " " else "") for line in lines)
 
     def _summary(self) -> Iterator[str]:
@@ -59,13 +62,25 @@ class Acceleration:
             yield "Nothing was accelerated: the model has no batch norm layer of torch's or ours."
             return
         if not (self.replaced or self.relus or self.additions):
-            yield "Nothing new to accelerate."
+            slower = "was accelerated: torch's kernels are faster."
+            yield f"Nothing {slower if self.timings else 'new to accelerate.'}"
+            yield from map(str, self.timings)
             return
         yield f"Replaced {counted(len(self.replaced), 'batch norm layer')}."
         yield (
             f"Fused {counted(len(self.relus), 'ReLU')} into the layer before, and "
             f"{counted(len(self.additions), 'addition')} with the ReLU after it."
         )
+        yield from map(str, self.timings)
+
+    def _left(self) -> Iterator[str]:
+        """One line for each reason, with three names at most."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            by_reason.setdefault(reason, []).append(displayed(name))
+        for reason, names in by_reason.items():
+            more = f", and {counted(len(names) - 2, 'other')}" if len(names) > 3 else ""
+            yield f"  {', '.join(names[:2] if more else names)}{more}: {reason}"
 
     def _comparison(self) -> Iterator[str]:
         if self.differences is not None:
@@ -99,8 +114,10 @@ class Restoration:
         return f"Restored {layers} and the forward of {blocks}."
 
 
-def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
-    """Lets our kernels compute torch's batch norm layers, in place, and fuses ReLUs and additions.
+def accelerate(
+    model: nn.Module, example_input: Any = None, *, everywhere: bool = False
+) -> Acceleration:
+    """Lets our kernels compute batch norm where they are faster, in place, and fuses what follows.
 
     Layers and blocks stay the same objects of the same classes, and parameters, buffers, hooks,
     ``state_dict`` and optimizers stay what they are: only their ``forward`` is replaced, on the
@@ -112,12 +129,19 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
     ``torch.jit.script``. Not thread-safe with calls of the model while it runs. Not for
     ``DataParallel``, which copies the layers at each call.
 
+    Torch's kernels go on computing what they compute faster: small inputs, and evaluation where
+    nothing is fused. With an example that is decided by a measurement of each layer, so it can
+    differ from run to run, and with it the rounding; without one, by the size of each input.
+
     Args:
         model: Any module; it may have been accelerated before.
         example_input: A tensor, a tuple of arguments or a dict of keyword arguments. The model then
             runs on it in training and in evaluation, before and after, and outputs, gradients and
-            buffers are compared. Nothing of that remains in the model or in the random number
-            generators. None compares nothing.
+            buffers are compared. Layers are timed on inputs as they get them, and those that
+            torch's kernels compute faster are left to them. Nothing of that remains in the model or
+            in the random number generators. None compares and times nothing.
+        everywhere: True lets our kernels compute every input that they can take: for their accuracy
+            and the memory that fused layers save, whether that is faster or not.
 
     Returns:
         The names of the layers that were replaced and fused; ``print`` shows a summary.
@@ -129,10 +153,14 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
         RuntimeError: The accelerated model computes something else. After this, and after every
             other exception, the model is what it was.
 
+    Warns:
+        RuntimeWarning: There is no batch norm, or no fast kernel for a layer: Numba is missing, or
+            the layer is on another device than the CPU.
+
     Example:
         >>> import torch, batchnorm
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> result = batchnorm.accelerate(model, torch.randn(4, 3, 16, 16))
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        >>> result = batchnorm.accelerate(model, torch.randn(16, 3, 66, 66))
         >>> result.replaced, result.relus, result.verified
         (('1',), ('1',), True)
         >>> type(model[1]) is nn.BatchNorm2d
@@ -143,7 +171,7 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Acceleration:
         _check_initialized(model)
     before = Snapshot(model, tensors=example_input is not None)
     try:
-        return _accelerate(model, example_input, before)
+        return _accelerate(model, example_input, before, everywhere=everywhere)
     except BaseException:
         before.restore()
         raise
@@ -194,46 +222,119 @@ def restore(model: nn.Module) -> Restoration:
     return Restoration(layers, len(found) - layers)
 
 
-def _accelerate(model: nn.Module, example_input: Any, before: Snapshot) -> Acceleration:
+@dataclass
+class _Changes:
+    """Changes a model, and keeps the names of the layers and blocks that it changed."""
+
+    model: nn.Module
+    found: int = 0
+    layers: dict[str, LayerForward] = field(default_factory=dict)
+    relus: list[str] = field(default_factory=list)
+    additions: list[str] = field(default_factory=list)
+    blocks: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    without_kernels: list[str] = field(default_factory=list)
+
+    def replace_layers(self) -> None:
+        """Replaces the forwards of all layers that our kernels can compute."""
+        for name, layer in list(self.model.named_modules()):
+            if not isinstance(layer, _BatchNorm):
+                if is_batch_norm(layer):
+                    kind = type(layer).__name__
+                    self.left[name] = f"it is a {kind}, which is no batch norm layer of torch's"
+                continue
+            self.found += 1
+            if isinstance(layer, LAYERS) or has_accelerated_mark(layer):
+                continue
+            no_kernels = obstacle_to_kernels(layer)
+            if no_kernels is not None:
+                self.without_kernels.append(name)
+            reason = no_kernels or replace(layer)
+            forward = LayerForward.find(layer)
+            if reason is not None or forward is None:
+                self.left[name] = reason or REPLACED_FORWARD
+                continue
+            self.layers[name] = forward
+            if forward.fuses():
+                self.relus.append(name)
+
+    def fuse_blocks(self) -> None:
+        """Replaces the forwards of the blocks in which something can be fused."""
+        for name, block in list(self.model.named_modules()):
+            if has_accelerated_mark(block) or not any(map(can_fuse, _called_by(block))):
+                continue
+            fusions = fuse(block)
+            prefix = f"{name}." if name else ""
+            relus = [prefix + layer for layer in fusions.relus]
+            additions = [prefix + layer for layer in fusions.additions]
+            self.left |= {(prefix + n if n else name): why for n, why in fusions.left.items()}
+            if relus or additions:
+                self.blocks[name] = [*relus, *additions]
+                self.relus += relus
+                self.additions += additions
+
+    def set_smallest(self) -> None:
+        """Tells the blocks what our kernels compute of their layers."""
+        modules = dict(self.model.named_modules())
+        for name, layers in self.blocks.items():
+            forward = BlockForward.find(modules[name])
+            if forward is not None:
+                forward.expect(modules[layer] for layer in layers)
+
+    def leave(self, slower: Set[str]) -> None:
+        """Takes back what is done to layers that torch's kernels compute faster."""
+        modules = dict(self.model.named_modules())
+        for name, layers in list(self.blocks.items()):
+            forward = BlockForward.find(modules[name])
+            if forward is not None and slower >= set(layers):
+                forward.uninstall()
+                del self.blocks[name]
+        still_fused = {layer for layers in self.blocks.values() for layer in layers}
+        for name in [name for name in self.layers if name in slower - still_fused]:
+            self.layers.pop(name).uninstall()
+            self.left[name] = "torch's kernels are faster"
+        for fused in (self.relus, self.additions):
+            fused[:] = [name for name in fused if name in still_fused or name in self.layers]
+
+
+def _accelerate(
+    model: nn.Module, example_input: Any, before: Snapshot, *, everywhere: bool
+) -> Acceleration:
     verification = None
     if example_input is not None:
         verification = Verification(model, example_input, before)
-    found, replaced, relus, additions, left = 0, [], [], [], _left(model)
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, _BatchNorm):
-            if is_batch_norm(layer):
-                kind = type(layer).__name__
-                left[name] = f"it is a {kind}, which is no batch norm layer of torch's"
-            continue
-        found += 1
-        if isinstance(layer, LAYERS) or has_accelerated_mark(layer):
-            continue
-        reason = replace(layer)
-        if reason is not None:
-            left[name] = reason
-            continue
-        replaced.append(name)
-        forward = LayerForward.find(layer)
-        if forward is not None and forward.fuses():
-            relus.append(name)
-    for name, block in list(model.named_modules()):
-        if has_accelerated_mark(block) or not any(map(can_fuse, _called_by(block))):
-            continue
-        fusions = fuse(block)
-        prefix = f"{name}." if name else ""
-        relus += [prefix + layer for layer in fusions.relus]
-        additions += [prefix + layer for layer in fusions.additions]
-        left |= {(prefix + n if n else name): reason for n, reason in fusions.left.items()}
+    changes = _Changes(model, left=_left(model))
+    changes.replace_layers()
+    changes.fuse_blocks()
+    timings: tuple[Timing, ...] = ()
+    if everywhere:
+        for forward in changes.layers.values():
+            forward.smallest = EVERYWHERE
+    elif verification is not None:
+        fused = Fused(changes.relus, changes.additions)
+        timings, slower = choose(changes.layers, verification.inputs, fused)
+        before.rewind_random()
+        changes.leave(slower)
+    changes.set_smallest()
+    names = (tuple(changes.layers), tuple(changes.relus), tuple(changes.additions))
     differences = None
-    if verification is not None and (replaced or relus or additions):
+    if verification is not None and any(names):
         differences = verification.check(model)
-    if not found:
+    if not changes.found:
         warn(
             f"accelerate: nothing is done, the model ({type(model).__name__}) has no batch norm "
             "layers of torch's."
         )
-    names = (tuple(replaced), tuple(relus), tuple(additions))
-    return Acceleration(found, *names, left, differences is not None, differences)
+    if changes.without_kernels:
+        first = changes.without_kernels[0]
+        warn(
+            f"accelerate: torch's kernels go on computing "
+            f"{counted(len(changes.without_kernels), 'layer')}, such as {displayed(first)!r}: "
+            f"{changes.left[first]}."
+        )
+    return Acceleration(
+        changes.found, *names, changes.left, timings, differences is not None, differences
+    )
 
 
 def _left(model: nn.Module) -> dict[str, str]:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from batchnorm.tools.acceleration.replacement import (
     REPLACED_FORWARD,
     AcceleratedForward,
+    LayerForward,
     Sum,
     can_fuse,
+    is_written_down,
     obstacle_to_skipping,
     own_copying_method,
     with_relu,
@@ -31,7 +33,7 @@ from batchnorm.tools.acceleration.replacement import (
 from batchnorm.tools.flow.assumptions import Unproven
 from batchnorm.tools.flow.tracing import Conditions, module_at, trace
 from batchnorm.tools.patching import RecomputationHook, is_replaced_by_others
-from batchnorm.torch_internals import global_hooks, is_traced
+from batchnorm.torch_internals import global_hooks
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -105,6 +107,19 @@ class BlockForward(AcceleratedForward):
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         self._rewritten: _Rewritten | None = None
+        self._least = (0.0, 0.0)
+
+    def expect(self, layers: Iterable[nn.Module]) -> None:
+        """Takes the fused layers: a call in which all are left to torch runs the original at once.
+
+        That is seen by the block's input, from which a layer's may differ in size. It may widen
+        four times; a block that widens more is fused from a little larger inputs on.
+        """
+        smallest = [LayerForward.smallest_of(layer) for layer in layers]
+        self._least = (
+            min(each.fused for each in smallest) / 4,
+            min(each.training for each in smallest) / 4,
+        )
 
     def rewrite(self) -> Fusions:
         """Traces the forward of the block's class and rewrites it."""
@@ -121,25 +136,30 @@ class BlockForward(AcceleratedForward):
 
         Programs that others will run hold the original, with one entry for each module.
         """
-        if torch.compiler.is_exporting() or is_traced():
+        if is_written_down(*args, *kwargs.values()):
             return self.original(*args, **kwargs)
-        if self._rewritten is None and _may_trace(*args, *kwargs.values()):
+        if self._rewritten is None and _may_trace():
             self.rewrite()
+        if self._is_small(args):
+            return self.original(*args, **kwargs)
         rewritten = self._rewritten
         if rewritten is not None and rewritten.fits(self.module, args, kwargs):
             return rewritten.run(self.module, *args)
         return self.original(*args, **kwargs)
+
+    def _is_small(self, args: tuple[Any, ...]) -> bool:
+        if not args or not isinstance(args[0], Tensor):
+            return False
+        return args[0].numel() < self._least[self.module.training]
 
 
 def _fails(*_: Any) -> Any:
     raise NotImplementedError
 
 
-def _may_trace(*arguments: Any) -> bool:
-    """Tells if a forward can be traced inside a call of it with these arguments."""
-    if torch.compiler.is_compiling() or sys.getprofile() is not None:
-        return False
-    return not any(isinstance(argument, fx.Proxy) for argument in arguments)
+def _may_trace() -> bool:
+    """Tells if a forward can be traced inside a call of it."""
+    return not torch.compiler.is_compiling() and sys.getprofile() is None
 
 
 def fuse(block: nn.Module) -> Fusions:

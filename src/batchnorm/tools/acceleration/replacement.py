@@ -6,7 +6,8 @@ pickle carries the replaced forward.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeGuard
+import math
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.nn.functional import Activation
-from batchnorm.nn.layers import LAYERS, forward_of
+from batchnorm.nn.layers import LAYERS, evaluated_by_torch, forward_of
+from batchnorm.nn.route import obstacle_to_speed
 from batchnorm.tools.patching import ACCELERATED_MARK, ReplacedMethod, is_replaced_by_others
-from batchnorm.torch_internals import has_hooks
+from batchnorm.torch_internals import has_hooks, is_traced
 
 Sum = Literal["y + r", "r + y", "y += r"]
 REPLACED_FORWARD = "its forward was replaced on this object"
@@ -25,6 +27,30 @@ _COPYING_METHODS = (
     *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__deepcopy__", "__copy__"),
 )
 _CLASSES_MADE_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.")
+
+
+class Smallest(NamedTuple):
+    """Numbers of values from which on our kernels compute an input; torch's compute smaller ones.
+
+    Attributes:
+        training: For training, with what is fused or without.
+        fused: For evaluation, where a ReLU or an addition is fused.
+        alone: For evaluation, where nothing is.
+    """
+
+    training: float
+    fused: float
+    alone: float
+
+
+USUAL = Smallest(training=2.0**18, fused=2.0**19, alone=math.inf)
+"""A call through Python takes about 50 us more than torch's, and one pass takes as long as torch's.
+
+Our kernels win by taking fewer passes: in training, and where something is fused. These are the
+sizes from which on they won for each layout and dtype, with one thread and with two.
+"""
+EVERYWHERE = Smallest(0.0, 0.0, 0.0)
+NOWHERE = Smallest(math.inf, math.inf, math.inf)
 
 
 class AcceleratedForward(ReplacedMethod):
@@ -35,21 +61,55 @@ class AcceleratedForward(ReplacedMethod):
 
 
 class LayerForward(AcceleratedForward):
-    """The forward of one of torch's layers, computed by our kernels."""
+    """The forward of one of torch's layers: by our kernels where they are faster.
+
+    Attributes:
+        smallest: What they compute.
+    """
 
     module: _BatchNorm
+    smallest: Smallest = USUAL
 
-    def call(self, input: Tensor | fx.Proxy) -> Any:
-        """Computes the layer's output; ``torch.fx`` records what the class computes."""
-        if isinstance(input, fx.Proxy):
+    def call(self, input: Any) -> Any:
+        """Computes the layer's output; programs for others hold what the class computes."""
+        if is_written_down(input):
             return self.original(input)
-        return self.compute(input)
+        if self.takes(input, self.smallest.alone):
+            return forward_of(self.module, input)
+        return self.by_torch(input)
 
-    def compute(
-        self, input: Tensor, residual: Tensor | None = None, activation: Activation = None
-    ) -> Tensor:
+    def compute(self, input: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
         """Computes the layer's output, for a fused block with what comes after it."""
-        return forward_of(self.module, input, residual, activation)
+        if self.takes(input, self.smallest.fused):
+            return forward_of(self.module, input, residual, activation)
+        y = self.by_torch(input)
+        if residual is not None:
+            y += residual
+        return y if activation is None else F.relu_(y)
+
+    def by_torch(self, input: Tensor) -> Tensor:
+        """Computes the layer's output by torch's kernels."""
+        if self._previous is None and not self.module.training:
+            y = evaluated_by_torch(self.module, input)
+            if y is not None:
+                return y
+        return self.original(input)
+
+    def takes(self, input: Tensor, in_evaluation: float) -> bool:
+        """Tells if our kernels compute an input.
+
+        Args:
+            input: The layer's input.
+            in_evaluation: Number of values from which on they do in evaluation.
+        """
+        least = self.smallest.training if self.module.training else in_evaluation
+        return input.numel() >= least and obstacle_to_speed(input) is None
+
+    @classmethod
+    def smallest_of(cls, layer: nn.Module) -> Smallest:
+        """Returns a layer's bounds: none for one that was built as ours."""
+        forward = cls.find(layer)
+        return EVERYWHERE if forward is None else forward.smallest
 
     def fuses(self) -> bool:
         """Tells if the layer computes a ReLU that belongs to it."""
@@ -59,14 +119,16 @@ class LayerForward(AcceleratedForward):
 class LayerWithActivationForward(LayerForward):
     """The forward of timm's ``BatchNormAct2d``: ``act(drop(batch_norm(x)))``."""
 
-    def call(self, input: Tensor | fx.Proxy) -> Any:
+    def call(self, input: Any) -> Any:
         """Computes the layer's output, in one pass if ``act`` is a ReLU and ``drop`` nothing."""
-        if isinstance(input, fx.Proxy):
+        if is_written_down(input) or not self.takes(input, self.smallest.fused):
             return self.original(input)
         if self.fuses():
-            return self.compute(input, None, "relu")
+            return forward_of(self.module, input, None, "relu")
+        if not self.takes(input, self.smallest.alone):
+            return self.original(input)
         layer: Any = self.module
-        return layer.act(layer.drop(self.compute(input)))
+        return layer.act(layer.drop(forward_of(self.module, input)))
 
     def fuses(self) -> bool:
         """Tells if nothing but a ReLU comes after the normalization."""
@@ -106,6 +168,12 @@ def replace(layer: _BatchNorm) -> str | None:
     return None
 
 
+def obstacle_to_kernels(layer: _BatchNorm) -> str | None:
+    """Returns why no fast kernels compute tensors of the layer's device and dtype, or None."""
+    held = next((t for t in (layer.weight, layer.running_mean) if t is not None), torch.empty(0))
+    return obstacle_to_speed(torch.empty(0, dtype=held.dtype, device=held.device))
+
+
 def own_copying_method(module: nn.Module) -> str | None:
     """Returns the method by which the module's class copies itself other than torch's modules do.
 
@@ -135,6 +203,13 @@ def can_fuse(layer: nn.Module) -> bool:
     if type(layer).__call__ is not nn.Module.__call__:
         return False
     return _is_ours(vars(layer).get("forward")) or _is_ours(LayerForward.find(layer))
+
+
+def is_written_down(*arguments: Any) -> bool:
+    """Tells if a call becomes part of a program for others: an export, or a trace by jit or fx."""
+    if torch.compiler.is_exporting() or is_traced():
+        return True
+    return any(isinstance(argument, fx.Proxy) for argument in arguments)
 
 
 def with_relu(layer: nn.Module, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,25 @@ from torch import Tensor, nn
 from batchnorm.tools.patching import Handle, SavedTensors, is_batch_norm, listen, replacements
 
 Results = dict[str, Tensor]
+
 _CONTAINERS = (dict, OrderedDict, list, set)
 _FIRST_SEEDS, _MORE_SEEDS = range(2), range(2, 18)
+
+
+class Input(NamedTuple):
+    """One input of a batch norm layer.
+
+    Attributes:
+        training: True if the layer was in training.
+        shape: Shape of the input.
+        stride: Its strides.
+        dtype: Its dtype.
+    """
+
+    training: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Snapshot:
@@ -123,6 +140,9 @@ class Verification:
         example_input: One tensor, a tuple of arguments or a dict of keyword arguments.
         before: State from which every run starts.
 
+    Attributes:
+        inputs: What the batch norm layers of the original got, by name.
+
     Raises:
         TypeError: ``example_input`` is of another type.
     """
@@ -131,8 +151,10 @@ class Verification:
         self._example = _arguments(example_input)
         self._before = before
         self._modes: list[_Mode] = []
+        self.inputs: dict[str, set[Input]] = {}
         for training in (False, True):
-            mode = _Mode(training, self._run(model, training=training))
+            with _recorded(model, self.inputs):
+                mode = _Mode(training, self._run(model, training=training))
             self._modes.append(mode)
             for seed in _FIRST_SEEDS:
                 self._imitate_rounding(model, mode, seed)
@@ -298,8 +320,22 @@ def _disturbed(model: nn.Module, seed: int) -> Handle:
         step = max(2 * eps, min(64 * eps, 4e-3)) * x.detach().abs().amax()
         return x + (noise - 1).to(x.device, x.dtype) * step
 
-    layers = {name: module for name, module in model.named_modules() if is_batch_norm(module)}
-    return listen(layers, move, caller="accelerate")
+    return listen(_batch_norms(model), move, caller="accelerate")
+
+
+def _recorded(model: nn.Module, inputs: dict[str, set[Input]]) -> Handle:
+    """Records what the batch norm layers get."""
+    layers = _batch_norms(model)
+
+    def record(name: str, x: Tensor) -> None:
+        seen = inputs.setdefault(name, set())
+        seen.add(Input(layers[name].training, x.shape, x.stride(), x.dtype))
+
+    return listen(layers, record, caller="accelerate")
+
+
+def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_batch_norm(module)}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
