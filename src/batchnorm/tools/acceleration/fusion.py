@@ -136,7 +136,7 @@ class BlockForward(AcceleratedForward):
 
         Programs that others will run hold the original, with one entry for each module.
         """
-        if is_written_down(*args, *kwargs.values()):
+        if any(map(is_written_down, (*args, *kwargs.values()))):
             return self.original(*args, **kwargs)
         if self._rewritten is None and _may_trace():
             self.rewrite()

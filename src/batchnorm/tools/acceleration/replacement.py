@@ -121,14 +121,21 @@ class LayerWithActivationForward(LayerForward):
 
     def call(self, input: Any) -> Any:
         """Computes the layer's output, in one pass if ``act`` is a ReLU and ``drop`` nothing."""
-        if is_written_down(input) or not self.takes(input, self.smallest.fused):
+        if is_written_down(input):
             return self.original(input)
-        if self.fuses():
+        if self.takes(input, self.smallest.fused) and self.fuses():
             return forward_of(self.module, input, None, "relu")
-        if not self.takes(input, self.smallest.alone):
-            return self.original(input)
+        if self.takes(input, self.smallest.alone):
+            return self._acted(forward_of(self.module, input))
+        if input.dim() == 4 and self._previous is None and not self.module.training:
+            y = evaluated_by_torch(self.module, input)
+            if y is not None:
+                return self._acted(y)
+        return self.original(input)
+
+    def _acted(self, y: Tensor) -> Tensor:
         layer: Any = self.module
-        return layer.act(layer.drop(forward_of(self.module, input)))
+        return layer.act(layer.drop(y))
 
     def fuses(self) -> bool:
         """Tells if nothing but a ReLU comes after the normalization."""
@@ -205,11 +212,9 @@ def can_fuse(layer: nn.Module) -> bool:
     return _is_ours(vars(layer).get("forward")) or _is_ours(LayerForward.find(layer))
 
 
-def is_written_down(*arguments: Any) -> bool:
+def is_written_down(argument: Any) -> bool:
     """Tells if a call becomes part of a program for others: an export, or a trace by jit or fx."""
-    if torch.compiler.is_exporting() or is_traced():
-        return True
-    return any(isinstance(argument, fx.Proxy) for argument in arguments)
+    return torch.compiler.is_exporting() or is_traced() or isinstance(argument, fx.Proxy)
 
 
 def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
