@@ -130,6 +130,92 @@ def test_a_watch_finds_the_channels(kind, channels):
     assert record["batch_var_low"] == pytest.approx(float(values.var(0).min()), rel=1e-5)
 
 
+class InPlace(Own):
+    """Writes into its input."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return x.copy_(super().forward(x))
+
+
+class WithAxes(nn.Module):
+    """Keeps statistics that broadcast with its inputs."""
+
+    def __init__(self, shape, names=("running_mean", "running_var")):
+        super().__init__()
+        self.names = names
+        self.register_buffer(names[0], torch.zeros(shape))
+        self.register_buffer(names[1], torch.ones(shape))
+        self.axes = [d for d, size in enumerate(shape) if size == 1] if len(shape) > 2 else [0]
+
+    def forward(self, x):
+        mean, var = (getattr(self, name) for name in self.names)
+        if self.training:
+            new = x.mean(self.axes, keepdim=True), x.var(self.axes, keepdim=True)
+            with torch.no_grad():
+                mean.lerp_(new[0], 0.1)
+                var.lerp_(new[1], 0.1)
+            mean, var = new[0], x.var(self.axes, keepdim=True, unbiased=False)
+        return (x - mean) / (var + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs"),
+    [
+        ((1, 4), (6, 4)),
+        ((1, 4, 1), (6, 4, 5)),
+        ((1, 1, 4), (6, 5, 4)),
+        ((1, 1, 1, 4), (3, 4, 4, 4)),
+        ((1, 4, 1, 1, 1), (3, 4, 4, 4, 4)),
+    ],
+)
+@pytest.mark.parametrize("names", [("running_mean", "running_var"), ("moving_mean", "moving_var")])
+def test_statistics_of_any_shape_that_broadcasts(shape, inputs, names):
+    layer, x = WithAxes(shape, names), torch.randn(inputs) * 3 + 1
+    recalibrate(layer, [x])
+    assert_close(getattr(layer, names[0]), x.mean(layer.axes, keepdim=True))
+    assert_close(getattr(layer, names[1]), x.var(layer.axes, keepdim=True))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+def test_a_layer_that_writes_into_its_input(channels):
+    layer, x = InPlace(channels), torch.randn(8, channels)
+    expected = x.mean(0)
+    assert freeze(layer).layers == ("",)
+    layer = InPlace(channels)
+    assert recalibrate(layer, [x]).layers
+    assert_close(layer.running_mean, expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
+def test_instance_norm_is_frozen_without_a_word(kind, channels, affine):
+    layer = kind(channels, affine=affine, track_running_stats=True)
+    x = torch.randn(4, channels, *(5,) * int(kind.__name__[-2]))
+    with pytest.warns(RuntimeWarning, match="recalibrate: passed over") as caught:
+        recalibrate(layer, [x])
+    assert len(caught) == 1
+    assert freeze(layer).layers == ("",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        assert probe(Own(4)) == probe(Own(4).float())
+        assert probe(Own(4)).trains is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_device_does_not_matter():
+    layer = Own(4)
+    with torch.device("meta"):
+        assert probe(layer).trains is None
+        assert freeze(layer).layers == ("",)
+
+
 def test_channels_in_another_dimension_are_refused():
     message = r"layer '' \(Last\) must get its 4 channels in the last dimension, got .*; leave it"
     with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@ module that has a running mean may do anything with it.
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,12 @@ def probe(layer: nn.Module) -> Behavior:
         layer: A layer that looks like batch norm (`statistics.is_batch_norm`).
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.enable_grad(),
+            warnings.catch_warnings(action="ignore"),  # They are about shapes of the trial.
+        ):
             return _tried(_twin(layer))
     except Exception as error:
         failed = f"it could not be tried on the CPU ({type(error).__name__}: {error})"
@@ -113,8 +119,7 @@ def _input(twin: nn.Module) -> tuple[Tensor, int]:
         for rank, channel_dim in _LAYOUTS:
             shape = [_SAMPLES, *(side,) * (rank - 1)]
             shape[channel_dim] = channels
-            # An asymmetric distribution.
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).square() + 1
+            x = _numbers(shape)
             found = [_refusal(twin.train(mode), x) for mode in modes]
             if not any(found):
                 return x, channel_dim
@@ -122,12 +127,18 @@ def _input(twin: nn.Module) -> tuple[Tensor, int]:
     raise refusals[0]
 
 
+def _numbers(shape: list[int]) -> Tensor:
+    """Samples of an asymmetric distribution."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).square() + 1
+
+
 def _refusal(twin: nn.Module, x: Tensor) -> Exception | None:
     """Calls a copy; the error if it fails, or changes the shape of ``x`` or of the statistics."""
     trial = copy.deepcopy(twin)
     _set(trial, 0.0, 1.0)
     try:
-        y = trial(x)
+        y = trial(x.clone())  # Some layers compute in place.
     except Exception as error:
         return error
     before, after = statistics_of(twin).values(), statistics_of(trial).values()
@@ -141,9 +152,9 @@ def _refusal(twin: nn.Module, x: Tensor) -> Exception | None:
 def _obstacle_in_evaluation(twin: nn.Module, x: Tensor, channel_dim: int) -> str | None:
     twin.eval()
     _set(twin, 0.0, 1.0)
-    raw, expected = twin(x), twin((x - 0.5) / 2)
+    raw, expected = twin(x.clone()), twin((x - 0.5) / 2)
     _set(twin, 0.5, 4.0)
-    computed = twin(x)
+    computed = twin(x.clone())
     moved = [
         (t - v).abs().max() for t, v in zip(statistics_of(twin).values(), (0.5, 4.0), strict=True)
     ]
@@ -170,7 +181,7 @@ def _training(twin: nn.Module, x: Tensor, channel_dim: int) -> tuple[str | None,
     twin.train()
     _set(twin, 0.0, 1.0)
     try:
-        computed = twin(x)
+        computed = twin(x.clone())
     except Exception as error:
         return f"it fails in training ({type(error).__name__}: {error})", False
     new_mean, new_var = (t.detach().flatten() for t in statistics_of(twin).values())
