@@ -374,6 +374,41 @@ def test_a_weight_that_is_a_buffer_may_be_zero():
     assert freeze(layer).layers == ("",)
 
 
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "negative relu": lambda y: torch.relu(-y),
+    "leaky relu": nn.functional.leaky_relu,
+    "relu6": nn.functional.relu6,
+    "sigmoid": torch.sigmoid,
+    "scripted": torch.jit.script(nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("kind", "fits"), [(Own, True), (Last, True), (Mixed, False)])
+def test_an_activation_inside_does_not_matter(kind, fits, name):
+    class Activated(kind):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.activation = ACTIVATIONS[name]
+
+        def forward(self, x):
+            return self.activation(super().forward(x))
+
+    behavior = probe(Activated(4))
+    assert (behavior.evaluates is None, behavior.trains) == (fits, None)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_a_part_in_torchscript_is_copied():
+    class Scripted(Own):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.scale = torch.jit.trace(nn.Linear(channels, channels), torch.ones(2, channels))
+
+    assert freeze(Scripted(4)).layers == ("",)
+
+
 # Random numbers.
 
 
