@@ -205,7 +205,8 @@ def test_averages_of_models_without_values_are_refused(kind, place, policy):
     models[place] = make()
     (other,) = models.keys() - {place}
     nn.init.constant_(models[other].weight, 3.0)
-    message = f"ema_update: {name} is on the meta device or fake in the {place} and has no values"
+    where = "on the meta device" if kind == "meta" else "fake"
+    message = f"ema_update: {name} is {where} in the {place} and has no values; load them first"
     with pytest.raises(ValueError, match=message):
         ema_update(models["target"], models["model"], 0.5, policy)
     assert models[other].weight.tolist() == [3] * 4

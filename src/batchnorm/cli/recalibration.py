@@ -166,7 +166,7 @@ def _freeze_in_evaluation(network: nn.Module) -> None:
         try:
             freeze(layer, lambda name, _: not name, affine=False)
         except ValueError:
-            vars(layer)[FROZEN_MARK] = True
+            setattr(layer, FROZEN_MARK, True)
 
 
 def _batches(spec: str, batch_size: int | None, network: nn.Module) -> Iterable[Any]:

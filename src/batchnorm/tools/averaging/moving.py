@@ -116,9 +116,10 @@ def _check_alike(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -
             )
         for who, tensor in (("target", targets[name]), ("model", sources[name])):
             if not is_real(tensor):
+                where = "on the meta device" if tensor.is_meta else "fake"
                 raise ValueError(
-                    f"ema_update: {name} is on the meta device or fake in the {who} and has no "
-                    "values; load them first."
+                    f"ema_update: {name} is {where} in the {who} and has no values; "
+                    "load them first."
                 )
 
 
