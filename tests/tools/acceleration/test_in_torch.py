@@ -345,10 +345,6 @@ def by_trace(module: nn.Module) -> nn.Module:
     return torch.jit.trace(module, images(), check_trace=False)
 
 
-@pytest.mark.xfail(
-    reason="tools/patching asks the class of a TorchScript module for its forward",
-    raises=AttributeError,
-)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("compile_", [by_script, by_trace])
