@@ -4,7 +4,7 @@ USER_SETUP := .venv/installed-for-users
 DEV_SETUP := .venv/installed-for-developers
 
 .DELETE_ON_ERROR:
-.PHONY: train test typed untyped lint clean
+.PHONY: train test typed untyped floor lint clean
 
 train: $(USER_SETUP)  ## train LeNet with and without batch norm, then write a report
 	$(BIN)/batchnorm train $(ARGS)
@@ -23,6 +23,14 @@ typed: $(DEV_SETUP)  ## the tests, with every annotation checked at run time
 
 untyped: $(DEV_SETUP)  ## the tests that cannot bear these checks; adds to the coverage of `typed`
 	$(PYTEST) -m untyped --cov-append --cov-report term || [ $$? -eq 5 ]
+
+# Not in CI: this torch has no small build on the package index, and brings 5 GB.
+floor:  ## the tests of layers and tools with the oldest torch that is supported, in a .venv of its own
+	$(PYTHON) -m venv .venv/floor
+	sed 's/^torch==.*/torch==2.12.0/' constraints.txt > .venv/floor/constraints.txt
+	.venv/floor/bin/pip install --quiet --constraint .venv/floor/constraints.txt --editable '.[all]' \
+		beartype expecttest hypothesis pytest pytest-timeout
+	.venv/floor/bin/python -m pytest tests/nn tests/tools $(ARGS)
 
 lint: $(DEV_SETUP)
 	$(BIN)/ruff check

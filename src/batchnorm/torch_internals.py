@@ -31,7 +31,7 @@ def _private(path: str, otherwise: Any, consequence: str) -> Any:
     except AttributeError:
         warnings.warn(
             f"batchnorm: torch {torch.__version__} has no torch.{path}; {consequence}. "
-            "Use torch 2.13, or look for a newer batchnorm.",
+            "Use torch 2.12 to 2.14, or look for a newer batchnorm.",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -487,6 +487,7 @@ def test_fvcore_counts_what_it_counts_for_torchs_layer():
 
 
 @each_mode
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.12
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_a_profiler_sees_our_name(activation, grad, training):

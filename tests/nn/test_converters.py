@@ -68,7 +68,7 @@ CONVERTERS = {
         lambda m: fuse_linear_bn_eval(nn.Linear(3, 4).eval(), m),
         r"torch\.nn\.utils\.fusion\.fuse_linear_bn_eval",
     ),
-    "mkldnn": (to_mkldnn, r"torch\.utils\.mkldnn\.MkldnnBatchNorm\.__init__"),
+    "mkldnn": (to_mkldnn, r"torch\.utils\.mkldnn\.(\S*\.)?MkldnnBatchNorm\.__init__"),
     "timm freezes": (
         lambda m: with_timm("freeze_batch_norm_2d")(m),
         r"timm\.layers\.norm_act\.freeze_batch_norm_2d",

@@ -94,6 +94,7 @@ def test_a_training_program_holds_torchs_operator(model, expected, strict):
     equal_steps(program.module(), made)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.12
 @pytest.mark.parametrize("momentum", [0.1, 1, None], ids=str)
 def test_a_training_program_can_be_saved(momentum):
     model = nn.Sequential(layer(momentum=momentum, activation="relu"))

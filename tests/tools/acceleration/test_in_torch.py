@@ -428,6 +428,7 @@ def test_fully_sharded(order, parts):
     assert_close(model(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=True found no compiled")  # 2.12
 @pytest.mark.parametrize("order", ["accelerated first", "compiled first", "after a call"])
 @pytest.mark.parametrize("network", [triples, lambda: varied(nets.ResNet())])
 def test_compiled_models(order, network):
