@@ -448,3 +448,34 @@ def test_a_guard_sees_the_evaluation_of_a_small_input():
         model(torch.full(SMALL, torch.inf))
     model.eval(), plain.eval()
     assert_close(model(values(*SMALL)), plain(values(*SMALL)), **EXACT)
+
+
+def test_a_layer_with_two_names_is_found_under_both(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+    model.add_module("again", nn.Sequential(model[1], nn.ReLU()))
+    races(monkeypatch, lambda race: (2.0, 1.0))
+    plain = copy.deepcopy(model)
+    report = batchnorm.accelerate(model, values(2, 3, 4, 4))
+    assert report.replaced == ("1",)
+    assert report.relus == ("1", "again.0")
+    assert_close(model(values(2, 3, 4, 4)), plain(values(2, 3, 4, 4)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_race_is_run_on_the_cpu_whatever_the_default(device):
+    race = timing._Race.of(nn.BatchNorm2d(8), input_of(values(*SMALL)), True, True)
+    try:
+        torch.set_default_device(device)
+        torch.set_default_dtype(torch.float64)
+        assert min(race.run()) > 0
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_race_of_slow_calls_has_two_rounds(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    race = timing._Race.of(nn.BatchNorm2d(8), input_of(values(*SMALL)), False, False)
+    assert race.run() == (1, 1)
+    assert next(clock) == 8  # two rounds of two calls

@@ -275,17 +275,15 @@ class _Changes:
 
     def set_smallest(self) -> None:
         """Tells the blocks what our kernels compute of their layers."""
-        modules = dict(self.model.named_modules())
         for name, layers in self.blocks.items():
-            forward = BlockForward.find(modules[name])
+            forward = BlockForward.find(self.model.get_submodule(name))
             if forward is not None:
-                forward.expect(modules[layer] for layer in layers)
+                forward.expect(map(self.model.get_submodule, layers))
 
     def leave(self, slower: Set[str]) -> None:
         """Takes back what is done to layers that torch's kernels compute faster."""
-        modules = dict(self.model.named_modules())
         for name, layers in list(self.blocks.items()):
-            forward = BlockForward.find(modules[name])
+            forward = BlockForward.find(self.model.get_submodule(name))
             if forward is not None and slower >= set(layers):
                 forward.uninstall()
                 del self.blocks[name]
