@@ -501,6 +501,6 @@ def test_a_missing_library_is_said_in_one_sentence():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
-        "ModuleNotFoundError: batchnorm.integrations.lightning needs Lightning, of which "
-        "pytorch_lightning is not installed; pip install lightning."
+        "ModuleNotFoundError: batchnorm.integrations.lightning needs Lightning, which is not "
+        "installed; pip install lightning."
     )

@@ -411,6 +411,6 @@ def test_a_missing_library_is_said_in_one_sentence():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
-        "ModuleNotFoundError: batchnorm.integrations.transformers needs Transformers, of which "
-        "transformers.trainer_callback is not installed; pip install 'transformers[torch]'."
+        "ModuleNotFoundError: batchnorm.integrations.transformers needs Transformers, which is not "
+        "installed; pip install 'transformers[torch]'."
     )

@@ -28,7 +28,7 @@ _WORST = {"mean_shift": max, "var_ratio_low": min, "var_ratio_high": max, "dead"
 
 
 class TrainingTools(Handle):
-    """What the callbacks have in common; ``remove()`` ends it, as does the end of a training.
+    """guard, watch and recalibrate around one training; ``remove()`` ends what it began.
 
     Attributes:
         guarded: The latest training's `batchnorm.guard`; None without one.
