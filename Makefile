@@ -51,4 +51,5 @@ $(USER_SETUP): pyproject.toml constraints.txt | .venv/bin/pip
 
 $(DEV_SETUP): $(USER_SETUP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --group libraries
 	touch $@

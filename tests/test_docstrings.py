@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm
+from real_networks import import_torchvision
 
 PACKAGE = Path(batchnorm.__file__).parent
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -51,6 +52,10 @@ EXAMPLES = {name: (module, text) for module, name, _, text in DOCSTRINGS if ">>>
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name):
     module, text = EXAMPLES[name]
+    if module.startswith("batchnorm.integrations."):
+        library = module.rpartition(".")[2]
+        import_torchvision()  # These libraries do so, too.
+        pytest.importorskip(library, reason=f"{library} is not installed")
     names = dict(vars(importlib.import_module(module)))
     example = doctest.DocTestParser().get_doctest(text, names, name, module, 0)
     output = []

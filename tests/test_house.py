@@ -17,6 +17,7 @@ import pytest
 
 import batchnorm
 from house_names import names_in, torch_names
+from real_networks import import_torchvision
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "batchnorm"
@@ -28,6 +29,12 @@ OURS = [
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".md", ".toml", ".html", ".css", ".json", ""} and path.is_file()
 ] + [path for path in ROOT.iterdir() if path.is_file() and path.suffix in {".md", ".toml", ".txt"}]
+
+OF_OTHER_LIBRARIES = {
+    "batchnorm.integrations.lightning": "lightning.pytorch",
+    "batchnorm.integrations.transformers": "transformers",
+}
+"""Modules that cannot be imported without another library, with its name."""
 
 
 def shown(path):
@@ -54,8 +61,23 @@ def test_public_names_are_those_announced_and_documented():
 
 def test_every_module_imports_and_says_what_it_is():
     for module in pkgutil.walk_packages(batchnorm.__path__, "batchnorm."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith("__main__") and module.name not in OF_OTHER_LIBRARIES:
             assert inspect.getdoc(importlib.import_module(module.name)), module.name
+
+
+@pytest.mark.parametrize(("module", "library"), OF_OTHER_LIBRARIES.items())
+def test_integrations_say_what_they_are(module, library):
+    if library not in sys.modules:
+        import_torchvision()  # These libraries do so, too.
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    assert inspect.getdoc(importlib.import_module(module))
+
+
+def test_integrations_are_known():
+    folder = PACKAGE / "integrations"
+    found = {f"batchnorm.integrations.{path.stem}" for path in folder.glob("*.py")}
+    ours = {f"batchnorm.integrations.{name}" for name in ("__init__", "training")}
+    assert found - ours == OF_OTHER_LIBRARIES.keys()
 
 
 def test_library_needs_nothing_of_the_command_line():

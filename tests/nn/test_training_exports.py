@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from collections import Counter
 
 import pytest
@@ -14,6 +13,7 @@ from torch.testing import assert_close
 
 import batchnorm
 from batchnorm import torch_internals
+from quantization import quantized, torchao
 
 pytestmark = pytest.mark.untyped
 each_strictness = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -202,16 +202,6 @@ def test_notes_stay_as_they_are_outside_of_a_layer():
 # torchao
 
 
-def torchao():
-    pytest.importorskip("torchao", reason="torchao is not installed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torchao.quantization import pt2e
-        from torchao.quantization.pt2e import quantize_pt2e
-        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
-    return pt2e, quantize_pt2e, x86_inductor_quantizer
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_an_exported_program_switches_to_evaluation(activation):
@@ -231,17 +221,10 @@ def test_an_exported_program_switches_to_evaluation(activation):
     assert_close(program(x), model(x))
 
 
-def quantized(make):
+def numbers_and_operators(make):
     """Numbers and operators after quantization-aware training of a step."""
-    pt2e, quantize, x86 = torchao()
     torch.manual_seed(0)
-    program = torch.export.export(make().train(), (images(),)).module()
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-    program = quantize.prepare_qat_pt2e(program, quantizer)
-    program(images(1))
-    pt2e.move_exported_model_to_eval(program)
-    program = quantize.convert_pt2e(program)
+    program = quantized(make(), images(), images(1))
     return program(images(2)), operators(program)
 
 
@@ -284,7 +267,7 @@ CASES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_quantization_aware_training_gives_what_it_gives_with_torchs_layer(case):
-    torchs, ours = (quantized(make) for make in CASES[case])
+    torchs, ours = (numbers_and_operators(make) for make in CASES[case])
     assert ours[1] == torchs[1]
     assert torchs[1]["quantized_decomposed.quantize_per_tensor"] >= 2
     assert torchs[1]["aten.batch_norm"] == 0

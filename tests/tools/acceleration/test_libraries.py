@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import batchnorm
 from everywhere import accelerate
 from model_cases import is_ours, restored
+from quantization import quantized
 from real_networks import import_torchvision
 
 pytestmark = pytest.mark.untyped
@@ -159,24 +160,13 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_quantization_aware_training_as_with_torchs_layers(name):
-    pytest.importorskip("torchao", reason="torchao is not installed")
-    from torchao.quantization import pt2e
-    from torchao.quantization.pt2e import quantize_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
     results = []
     for is_accelerated in (False, True):
         torch.manual_seed(0)
         model = NETWORKS[name]().train()
         if is_accelerated:
             accelerate(model)
-        quantizer = x86.X86InductorQuantizer()
-        quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-        program = torch.export.export(model, (images(),)).module()
-        program = quantize_pt2e.prepare_qat_pt2e(program, quantizer)
-        program(2 * images())
-        pt2e.move_exported_model_to_eval(program)
-        program = quantize_pt2e.convert_pt2e(program)
+        program = quantized(model, images(), 2 * images())
         nodes = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
         results.append((nodes, program(images())))
     (nodes, expected), (ours, output) = results

@@ -116,15 +116,26 @@ def call(model: nn.Module, batch: Any) -> object:
         TypeError: The batch is something else.
         ValueError: It is an empty tuple or list.
     """
+    args, keywords = arguments(batch)
+    return model(*args, **keywords)
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Returns the positional and the keyword arguments with which `call` calls a model.
+
+    Raises:
+        TypeError: The batch has none.
+        ValueError: It is an empty tuple or list.
+    """
     given = batch
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise ValueError("recalibrate: a batch is an empty list; give inputs.")
         given = batch[0]
     if isinstance(given, Mapping):
-        return model(**given)
+        return (), given
     if isinstance(given, Tensor):
-        return model(given)
+        return (given,), {}
     what = type(batch).__name__ + ("" if given is batch else f" of {type(given).__name__}")
     raise TypeError(
         "recalibrate: a batch must be a tensor, a dict of keyword arguments, or a tuple or list "
