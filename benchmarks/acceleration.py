@@ -28,9 +28,9 @@ from batchnorm import accelerate
 from batchnorm.files import write_text
 
 ROOT = Path(__file__).parents[1]
-PIXELS = 160
+PIXELS = 128
 LEAST = 0.98
-SECONDS, TURNS = 2.0, range(9, 41)
+SECONDS, TURNS = 1.5, range(7, 41)
 NETWORKS = (
     *("torchvision.resnet18", "torchvision.resnet50", "torchvision.vgg11_bn"),
     *("torchvision.densenet121", "torchvision.googlenet", "torchvision.mobilenet_v2"),
