@@ -8,12 +8,15 @@ activation.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.jit import is_scripting
+from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 from batchnorm.nn.converters import Eps
 from batchnorm.nn.functional import Activation, _batch_norm
@@ -28,7 +31,8 @@ There ``torch.fx`` looks for the modules of ``torch.nn``, which it records as on
 """
 
 
-_STATISTICS = {"running_mean", "running_var"}
+_TENSORS = {"weight", "bias", "running_mean", "running_var"}
+_BATCH_NORM = F.batch_norm
 
 
 def forward_of(
@@ -83,17 +87,32 @@ def evaluated_by_torch(layer: nn.modules.batchnorm._BatchNorm, input: Tensor) ->
 
     Returns:
         The output of torch's kernel, to the bit; None where the layer's forward must run, because
-        its tensors are not all in their usual places, or the input is no plain tensor.
+        somebody computes an attribute, or listens to ``F.batch_norm``.
     """
     parameters, buffers = layer._parameters, layer._buffers
-    if type(input) is not Tensor or not buffers.keys() >= _STATISTICS:
+    if not (_has_plain_tensors(type(layer)) and _TENSORS.isdisjoint(layer.__dict__)):
         return None
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    if mean is None or var is None or "weight" not in parameters or "bias" not in parameters:
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+    except KeyError:
+        return None
+    plain = not has_torch_function((input, weight, bias, mean, var))
+    if mean is None or var is None or layer.eps < 0 or not plain or F.batch_norm is not _BATCH_NORM:
         return None
     layer._check_input_dim(input)
-    weight, bias, cudnn = parameters["weight"], parameters["bias"], torch.backends.cudnn.enabled
+    cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(input, weight, bias, mean, var, False, 0.0, layer.eps, cudnn)
+
+
+@lru_cache(maxsize=256)
+def _has_plain_tensors(kind: type[nn.Module]) -> bool:
+    """Tells if a class leaves it to ``nn.Module`` to find the tensors of batch norm."""
+    return (
+        getattr(kind, "__getattr__", None) is nn.Module.__getattr__
+        and kind.__getattribute__ is nn.Module.__getattribute__
+        and not any(hasattr(kind, name) for name in _TENSORS)
+    )
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):

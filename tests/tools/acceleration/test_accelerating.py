@@ -345,7 +345,7 @@ def test_a_second_time_is_harmless():
     before = anatomy(model)
     again = accelerate(model, images())
     assert (again.replaced, again.relus, again.additions, again.left) == ((), (), (), {})
-    assert str(again) == "Nothing new to accelerate."
+    assert str(again) == "Nothing new to accelerate; restore(model) first to choose anew."
     assert anatomy(model) == before
 
 

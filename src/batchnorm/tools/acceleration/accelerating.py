@@ -62,8 +62,10 @@ class Acceleration:
             yield "Nothing was accelerated: the model has no batch norm layer of torch's or ours."
             return
         if not (self.replaced or self.relus or self.additions):
-            slower = "was accelerated: torch's kernels are faster."
-            yield f"Nothing {slower if self.timings else 'new to accelerate.'}"
+            if self.timings:
+                yield "Nothing was accelerated: torch's kernels are faster."
+            else:
+                yield "Nothing new to accelerate; restore(model) first to choose anew."
             yield from map(str, self.timings)
             return
         yield f"Replaced {counted(len(self.replaced), 'batch norm layer')}."

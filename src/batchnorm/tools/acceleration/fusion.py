@@ -7,6 +7,7 @@ of its trace; if one fails, it calls the original.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.tools.acceleration.replacement import (
     REPLACED_FORWARD,
@@ -54,11 +56,13 @@ class Fusions:
         relus: Names of the layers that now apply the ReLU after them.
         additions: Names of the layers that now add what was added to them, and apply the ReLU.
         left: Reasons why something was not fused, by layer; the block's own name is empty.
+        widening: How many times as many values as the block's input the input of a layer may have.
     """
 
     relus: list[str] = field(default_factory=list)
     additions: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    widening: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -104,21 +108,22 @@ class BlockForward(AcceleratedForward):
     compiled.
     """
 
+    _widening = math.inf
+    _least = (0.0, 0.0)
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         self._rewritten: _Rewritten | None = None
-        self._least = (0.0, 0.0)
 
     def expect(self, layers: Iterable[nn.Module]) -> None:
         """Takes the fused layers: a call in which all are left to torch runs the original at once.
 
-        That is seen by the block's input, from which a layer's may differ in size. It may widen
-        four times; a block that widens more is fused from a little larger inputs on.
+        That is seen by the size of the block's input.
         """
         smallest = [LayerForward.smallest_of(layer) for layer in layers]
         self._least = (
-            min(each.fused for each in smallest) / 4,
-            min(each.training for each in smallest) / 4,
+            min(each.fused for each in smallest) / self._widening,
+            min(each.training for each in smallest) / self._widening,
         )
 
     def rewrite(self) -> Fusions:
@@ -126,6 +131,7 @@ class BlockForward(AcceleratedForward):
         fusions = Fusions()
         try:
             self._rewritten = _rewritten(self.module, fusions)
+            self._widening = fusions.widening
         except Unproven as reason:
             self._rewritten = _Rewritten(None, (), _fails)
             fusions.left[""] = f"its forward {reason}"
@@ -148,7 +154,7 @@ class BlockForward(AcceleratedForward):
         return self.original(*args, **kwargs)
 
     def _is_small(self, args: tuple[Any, ...]) -> bool:
-        if not args or not isinstance(args[0], Tensor):
+        if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
             return False
         return args[0].numel() < self._least[self.module.training]
 
@@ -185,6 +191,7 @@ def _rewritten(block: nn.Module, fusions: Fusions) -> _Rewritten:
     if type(block).__getattribute__ is not nn.Module.__getattribute__:
         raise Unproven("belongs to a class with a __getattribute__ of its own")
     graph, conditions = trace(block)
+    fusions.widening = _widening(block, graph)
     members: dict[str, type[nn.Module]] = {}
     for relu in list(graph.nodes):
         match = _match(block, graph, relu)
@@ -204,6 +211,31 @@ def _rewritten(block: nn.Module, fusions: Fusions) -> _Rewritten:
         run = type(fx.GraphModule(block, graph)).forward
         found = _shared[key] = _Rewritten(conditions, paths, run)
     return found
+
+
+def _widening(block: nn.Module, graph: fx.Graph) -> float:
+    """Bounds how many times as many values as its input the block computes; inf if unknown."""
+    product = 1.0
+    for node in graph.nodes:
+        if node.op == "call_module":
+            product *= _widening_of(block.get_submodule(str(node.target)))
+        elif node.op.startswith("call_") and not (_is_relu(block, node) or _is_addition(node)):
+            return math.inf
+    return product
+
+
+def _widening_of(module: nn.Module) -> float:
+    if type(module) is nn.Sequential:
+        return math.prod(map(_widening_of, module))
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return max(1.0, module.out_channels / module.in_channels / math.prod(module.stride))
+    if isinstance(module, nn.Linear):
+        return max(1.0, module.out_features / module.in_features)
+    return 1.0 if isinstance(module, (_BatchNorm, *_SKIPPED)) else math.inf
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in _ADDITIONS
 
 
 @dataclass
@@ -250,8 +282,7 @@ def _match(block: nn.Module, graph: fx.Graph, relu: fx.Node) -> _Match | None:
         return None
     if _is_layer(block, end):
         return _Match(end, after, relu)
-    is_addition = end.op in ("call_function", "call_method") and end.target in _ADDITIONS
-    if not is_addition or len(end.args) != 2 or end.kwargs not in ({}, {"alpha": 1}):
+    if not _is_addition(end) or len(end.args) != 2 or end.kwargs not in ({}, {"alpha": 1}):
         return None
     first, second = end.args
     choices: list[tuple[Any, Any, Sum]] = [(first, second, "y + r"), (second, first, "r + y")]

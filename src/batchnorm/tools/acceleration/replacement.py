@@ -19,7 +19,7 @@ from batchnorm.nn.functional import Activation
 from batchnorm.nn.layers import LAYERS, evaluated_by_torch, forward_of
 from batchnorm.nn.route import obstacle_to_speed
 from batchnorm.tools.patching import ACCELERATED_MARK, ReplacedMethod, is_replaced_by_others
-from batchnorm.torch_internals import has_hooks, is_traced
+from batchnorm.torch_internals import has_hooks, is_traced, is_transformed
 
 Sum = Literal["y + r", "r + y", "y += r"]
 REPLACED_FORWARD = "its forward was replaced on this object"
@@ -49,6 +49,7 @@ USUAL = Smallest(training=2.0**18, fused=2.0**19, alone=math.inf)
 Our kernels win by taking fewer passes: in training, and where something is fused. These are the
 sizes from which on they won for each layout and dtype, with one thread and with two.
 """
+_ON_CPU = torch.empty(0, device="cpu")
 EVERYWHERE = Smallest(0.0, 0.0, 0.0)
 NOWHERE = Smallest(math.inf, math.inf, math.inf)
 
@@ -83,27 +84,34 @@ class LayerForward(AcceleratedForward):
         if self.takes(input, self.smallest.fused):
             return forward_of(self.module, input, residual, activation)
         y = self.by_torch(input)
-        if residual is not None:
-            y += residual
+        if residual is not None:  # vmap may map the residual alone.
+            y = y + residual if is_transformed() else y.add_(residual)
         return y if activation is None else F.relu_(y)
 
     def by_torch(self, input: Tensor) -> Tensor:
         """Computes the layer's output by torch's kernels."""
-        if self._previous is None and not self.module.training:
+        y = None
+        if not self.module.training and not torch.compiler.is_compiling():
             y = evaluated_by_torch(self.module, input)
-            if y is not None:
-                return y
-        return self.original(input)
+        return self.original(input) if y is None else y
 
     def takes(self, input: Tensor, in_evaluation: float) -> bool:
         """Tells if our kernels compute an input.
+
+        Compiled code does not ask for the size: it has no Python between the kernels, and would be
+        compiled anew for each bound. In evaluation torch also computes transforms of ``torch.func``,
+        for which ours need the formula; in training torch's layer refuses most of them.
 
         Args:
             input: The layer's input.
             in_evaluation: Number of values from which on they do in evaluation.
         """
         least = self.smallest.training if self.module.training else in_evaluation
-        return input.numel() >= least and obstacle_to_speed(input) is None
+        if torch.compiler.is_compiling():
+            return least < math.inf and obstacle_to_speed(input) is None
+        if input.numel() < least or obstacle_to_speed(input) is not None:
+            return False
+        return self.module.training or least == 0 or not is_transformed()
 
     @classmethod
     def smallest_of(cls, layer: nn.Module) -> Smallest:
@@ -119,15 +127,16 @@ class LayerForward(AcceleratedForward):
 class LayerWithActivationForward(LayerForward):
     """The forward of timm's ``BatchNormAct2d``: ``act(drop(batch_norm(x)))``."""
 
-    def call(self, input: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         """Computes the layer's output, in one pass if ``act`` is a ReLU and ``drop`` nothing."""
-        if is_written_down(input):
-            return self.original(input)
+        if kwargs or len(args) != 1 or is_written_down(*args):
+            return self.original(*args, **kwargs)
+        input = args[0]
         if self.takes(input, self.smallest.fused) and self.fuses():
             return forward_of(self.module, input, None, "relu")
         if self.takes(input, self.smallest.alone):
             return self._acted(forward_of(self.module, input))
-        if input.dim() == 4 and self._previous is None and not self.module.training:
+        if not (input.dim() != 4 or self.module.training or torch.compiler.is_compiling()):
             y = evaluated_by_torch(self.module, input)
             if y is not None:
                 return self._acted(y)
@@ -177,7 +186,7 @@ def replace(layer: _BatchNorm) -> str | None:
 
 def obstacle_to_kernels(layer: _BatchNorm) -> str | None:
     """Returns why no fast kernels compute tensors of the layer's device and dtype, or None."""
-    held = next((t for t in (layer.weight, layer.running_mean) if t is not None), torch.empty(0))
+    held = next((t for t in (layer.weight, layer.running_mean) if t is not None), _ON_CPU)
     return obstacle_to_speed(torch.empty(0, dtype=held.dtype, device=held.device))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,12 +40,14 @@ class Input(NamedTuple):
 
     Attributes:
         training: True if the layer was in training.
+        backward: True if the model was, so that a backward pass follows.
         shape: Shape of the input.
         stride: Its strides.
         dtype: Its dtype.
     """
 
     training: bool
+    backward: bool
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -141,7 +143,7 @@ class Verification:
         before: State from which every run starts.
 
     Attributes:
-        inputs: What the batch norm layers of the original got, by name.
+        inputs: What the batch norm layers of the original got, by name, and how often.
 
     Raises:
         TypeError: ``example_input`` is of another type.
@@ -151,9 +153,9 @@ class Verification:
         self._example = _arguments(example_input)
         self._before = before
         self._modes: list[_Mode] = []
-        self.inputs: dict[str, set[Input]] = {}
+        self.inputs: dict[str, Counter[Input]] = {}
         for training in (False, True):
-            with _recorded(model, self.inputs):
+            with _recorded(model, self.inputs, backward=training):
                 mode = _Mode(training, self._run(model, training=training))
             self._modes.append(mode)
             for seed in _FIRST_SEEDS:
@@ -206,7 +208,9 @@ class Verification:
             roots = [value for value in outputs.values() if value.requires_grad]
             generator = torch.Generator().manual_seed(0)
             weights = [
-                torch.randn(root.shape, generator=generator).to(root.device, root.dtype)
+                torch.randn(root.shape, generator=generator, device="cpu").to(
+                    root.device, root.dtype
+                )
                 for root in roots
             ]
             inputs = list(leaves.values())
@@ -323,13 +327,13 @@ def _disturbed(model: nn.Module, seed: int) -> Handle:
     return listen(_batch_norms(model), move, caller="accelerate")
 
 
-def _recorded(model: nn.Module, inputs: dict[str, set[Input]]) -> Handle:
+def _recorded(model: nn.Module, inputs: dict[str, Counter[Input]], *, backward: bool) -> Handle:
     """Records what the batch norm layers get."""
     layers = _batch_norms(model)
 
     def record(name: str, x: Tensor) -> None:
-        seen = inputs.setdefault(name, set())
-        seen.add(Input(layers[name].training, x.shape, x.stride(), x.dtype))
+        input = Input(layers[name].training, backward, x.shape, x.stride(), x.dtype)
+        inputs.setdefault(name, Counter())[input] += 1
 
     return listen(layers, record, caller="accelerate")
 

@@ -16,7 +16,6 @@ from batchnorm.nn.layers import LAYERS
 from batchnorm.tools.patching import (
     Handle,
     eps_of,
-    has_accelerated_mark,
     listen,
     statistics_of,
     temporary_attributes,
@@ -70,9 +69,9 @@ class MomentCollector:
     ) -> None:
         self.name, self.layer, self.unbiased = name, layer, unbiased
         self._channel_dim = channel_dim
-        # Our kernels take float64 statistics beside an input of any dtype, others do not.
-        is_ours = isinstance(layer, LAYERS) or has_accelerated_mark(layer)
-        dtype = torch.float64 if is_ours else None
+        # Our layers take float64 statistics beside an input of any dtype; torch's kernels, which
+        # accelerated layers call too, do not.
+        dtype = torch.float64 if isinstance(layer, LAYERS) else None
         self._names = tuple(statistics_of(layer))
         self._mean, self._var = (
             buffer.detach().to(dtype or buffer.dtype, copy=True) for buffer in self.buffers
