@@ -66,7 +66,7 @@ class Running:
         counter: Number of batches so far, which the backend increments; None without a counter.
         weight: Weight of the new batch.
         moved: True if the backend has updated all of them.
-        overflowed: True if a variance is larger than float32 can hold.
+        overflowed: True if one of them has become larger than float32 can hold.
     """
 
     mean: Tensor

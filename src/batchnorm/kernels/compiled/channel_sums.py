@@ -3,17 +3,30 @@
 A *column* has one set of partial sums in each *slab*, a share of the rows that depends on the shape
 alone. So any number of threads merges the same sums in the same order. Column ``k`` belongs to
 channel ``k // repeat % channels``; planes have one column a channel.
+
+The loops over channels take `FEW` of them at a time and the rest one by one, by functions that
+compute vectors and single numbers to the same bits: they never round ``a * b + c`` only once. A
+channel ``c`` has its sums in column ``c - origin``, where ``origin`` is the first channel of the
+part of the matrix that is being computed.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from batchnorm.kernels.compiled.elements import array_at, widen
-from batchnorm.kernels.compiled.numba_internals import jitted
+from batchnorm.kernels.compiled.gates import are_all_larger, is_any_larger, where_positive
+from batchnorm.kernels.compiled.numba_internals import inlined, jitted
+from batchnorm.kernels.compiled.vectors import (
+    FEW,
+    broadcast,
+    load,
+    store,
+    zero_vector_like,
+)
 
 # Rows of ``partials[slab]``: forward the fields of `ShiftedSums`, backward the two sums of the
 # gradient.
@@ -26,7 +39,7 @@ SUSPICIOUS = 1e-30
 
 
 class ShiftedSums(NamedTuple):
-    """Sums of ``count`` values about ``shift``, a value near their mean.
+    """Sums of ``count`` values about ``shift``, a value near their mean; numbers or vectors.
 
     Attributes:
         count: Number of values.
@@ -35,75 +48,134 @@ class ShiftedSums(NamedTuple):
         squares: Sum of their squares.
     """
 
-    count: float
-    shift: float
-    linear: float
-    squares: float
+    count: Any
+    shift: Any
+    linear: Any
+    squares: Any
 
 
-@jitted
+@inlined
 def merged(a, b):
-    """Merges two sets of shifted sums, about the shift of the first unless it is empty.
+    """Merges two sets of shifted sums, about the shift of the first, which must not be empty.
 
     The callers keep each shift within a standard deviation of the mean, so little cancels.
     """
-    shift = b.shift if a.count == 0 else a.shift
-    delta = b.shift - shift
+    delta = b.shift - a.shift
+    change = b.count * delta
     return ShiftedSums(
         a.count + b.count,
-        shift,
-        a.linear + b.linear + b.count * delta,
-        a.squares + b.squares + delta * (2 * b.linear + b.count * delta),
+        a.shift,
+        a.linear + b.linear + change,
+        a.squares + b.squares + delta * (b.linear + b.linear + change),
     )
 
 
-@jitted
-def sums_of_column(partial, k):
+@inlined
+def sums_of_column(partial, k, zero):
     """Returns the sums of column ``k`` in one slab."""
     return ShiftedSums(
-        partial[COUNT, k], partial[SHIFT, k], partial[LINEAR, k], partial[SQUARES, k]
+        load(partial, COUNT, k, zero),
+        load(partial, SHIFT, k, zero),
+        load(partial, LINEAR, k, zero),
+        load(partial, SQUARES, k, zero),
     )
+
+
+@inlined
+def set_moments(partial, k, sums):
+    """Writes the sums of column ``k`` in one slab."""
+    store(partial, COUNT, k, sums.count)
+    store(partial, SHIFT, k, sums.shift)
+    store(partial, LINEAR, k, sums.linear)
+    store(partial, SQUARES, k, sums.squares)
 
 
 @jitted
 def add_moments(partial, k, sums):
-    """Merges ``sums`` into those of column ``k`` in one slab."""
-    whole = merged(sums_of_column(partial, k), sums)
-    partial[COUNT, k] = whole.count
-    partial[SHIFT, k] = whole.shift
-    partial[LINEAR, k] = whole.linear
-    partial[SQUARES, k] = whole.squares
+    """Merges ``sums`` into those of column ``k`` in one slab, which may be empty."""
+    if partial[COUNT, k] == 0:
+        set_moments(partial, k, sums)
+    else:
+        set_moments(partial, k, merged(sums_of_column(partial, k, 0.0), sums))
 
 
 @jitted
-def merge_moments(task, x, partials, first, last):
+def in_vectors(first, last):
+    """Returns where the vectors of `FEW` end that begin at ``first``."""
+    return last - (last - first) % FEW
+
+
+@jitted
+def gather_moments(partials, first, last):
+    """Merges the sums of all slabs into those of the first, for some columns."""
+    zero, end = zero_vector_like(partials, FEW), in_vectors(first, last)
+    for slab in range(1, len(partials)):
+        for k in range(first, end, FEW):
+            _gather_moments(partials[0], partials[slab], k, zero)
+        for k in range(end, last):
+            _gather_moments(partials[0], partials[slab], k, 0.0)
+
+
+@inlined
+def _gather_moments(into, partial, k, zero):
+    whole = merged(sums_of_column(into, k, zero), sums_of_column(partial, k, zero))
+    set_moments(into, k, whole)
+
+
+@jitted
+def gather_columns(partial, channels, repeat):
+    """Merges the sums of all columns of a channel into column ``c``, for every channel.
+
+    No column is overwritten before it has been read: those of channel ``c`` begin at
+    ``c * repeat``.
+    """
+    for c in range(channels):
+        whole = sums_of_column(partial, c * repeat, 0.0)
+        for start in range(c * repeat, partial.shape[1], channels * repeat):
+            for k in range(start, start + repeat):
+                if k > c * repeat:
+                    whole = merged(whole, sums_of_column(partial, k, 0.0))
+        set_moments(partial, c, whole)
+
+
+@jitted
+def merge_moments(task, x, partial, first, last, origin):
     """Writes mean and variance of some channels; updates their running statistics, if any.
 
     ``x`` is (samples, channels, length).
     """
-    shape = (task.channels,)
-    mean, var = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
-    for c in range(first, last):
-        mean[c], var[c] = _moments_of_channel(partials, c, task.channels, task.repeat)
-        # Squares too small or too large for float32, or NaN: float64 decides.
-        if not SUSPICIOUS < var[c] < math.inf:
-            mean[c], var[c] = _moments_in_float64(x[:, c : c + 1, :])
-        if task.running_mean:
-            _update_running(task, c, mean[c], var[c])
+    zero, end = zero_vector_like(partial, FEW), in_vectors(first, last)
+    for c in range(first, end, FEW):
+        _merge_moments(task, x, partial, c, c - origin, FEW, zero)
+    for c in range(end, last):
+        _merge_moments(task, x, partial, c, c - origin, 1, 0.0)
+
+
+@inlined
+def _merge_moments(task, x, partial, c, k, count, zero):
+    shape = (1, task.channels)
+    means, variances = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
+    sums = sums_of_column(partial, k, zero)
+    rest = sums.linear / sums.count
+    var = sums.squares / sums.count - rest * rest
+    store(means, 0, c, sums.shift + rest)
+    store(variances, 0, c, where_positive(var, var, zero))
+    # Squares too small or too large for float32, or NaN: float64 decides.
+    least, most = broadcast(SUSPICIOUS, zero), broadcast(math.inf, zero)
+    if not (are_all_larger(var, least) and are_all_larger(most, var)):
+        _look_again(x, means, variances, c, c + count)
+    if task.running_mean:
+        mean, var = load(means, 0, c, zero), load(variances, 0, c, zero)
+        _update_running(task, c, mean, var, zero)
+        if c == 0 and task.counter:
+            array_at(task.counter, (1,), np.int64)[0] += 1
 
 
 @jitted
-def _moments_of_channel(partials, channel, channels, repeat):
-    """Mean and biased variance of a channel, merged over slabs and columns."""
-    slabs, _, columns = partials.shape
-    sums = ShiftedSums(0.0, 0.0, 0.0, 0.0)
-    for s in range(slabs):
-        for start in range(channel * repeat, columns, channels * repeat):
-            for k in range(start, start + repeat):
-                sums = merged(sums, sums_of_column(partials[s], k))
-    rest = sums.linear / sums.count
-    var = sums.squares / sums.count - rest * rest
-    return sums.shift + rest, 0.0 if var < 0 else var
+def _look_again(x, means, variances, first, last):
+    for c in range(first, last):
+        if not SUSPICIOUS < variances[0, c] < math.inf:
+            means[0, c], variances[0, c] = _moments_in_float64(x[:, c : c + 1, :])
 
 
 @jitted
@@ -128,35 +200,58 @@ def _moments_in_float64(values):
     return mean + rest, 0.0 if var < 0 else var
 
 
-@jitted
-def _update_running(task, c, mean, var):
-    """Moves a channel's running statistics towards the batch's; counts the batch once."""
-    shape, old = (task.channels,), 1 - task.weight_of_batch
-    unbiased = task.count / (task.count - 1)
-    by_mean, by_var = task.weight_of_batch * mean, task.weight_of_batch * (var * unbiased)
+@inlined
+def _update_running(task, c, mean, var, zero):
+    """Moves the running statistics of channels towards the batch's."""
+    _move(task, task.running_mean, c, mean, zero)
+    _move(task, task.running_var, c, var * broadcast(task.count / (task.count - 1), zero), zero)
+
+
+@inlined
+def _move(task, address, c, value, zero):
+    shape = (1, task.channels)
     if task.running_in_float64:
-        means = array_at(task.running_mean, shape, np.float64)
-        variances = array_at(task.running_var, shape, np.float64)
-        means[c], variances[c] = old * means[c] + by_mean, old * variances[c] + by_var
+        running = array_at(address, shape, np.float64)
+        store(running, 0, c, _moved(task, load(running, 0, c, zero), value, zero))
     else:
-        narrow_means = array_at(task.running_mean, shape, np.float32)
-        narrow_variances = array_at(task.running_var, shape, np.float32)
-        new = old * float(narrow_means[c]) + by_mean, old * float(narrow_variances[c]) + by_var
-        narrow_means[c], narrow_variances[c] = new
-    if var > LARGEST_FLOAT32:
-        task.overflowed = 1
-    if c == 0 and task.counter:
-        array_at(task.counter, (1,), np.int64)[0] += 1
+        narrow = array_at(address, shape, np.float32)
+        moved = _moved(task, load(narrow, 0, c, zero), value, zero)
+        store(narrow, 0, c, moved)
+        largest = broadcast(LARGEST_FLOAT32, zero)
+        if is_any_larger(moved, largest) or is_any_larger(zero - moved, largest):
+            task.overflowed = 1
+
+
+@inlined
+def _moved(task, running, value, zero):
+    weight, of_old = task.weight_of_batch, 1 - task.weight_of_batch
+    return broadcast(of_old, zero) * running + broadcast(weight, zero) * value
 
 
 @jitted
-def grad_sums_of_channel(partials, channel, channels, repeat):
-    """Returns the two sums of the gradient of a channel, over slabs and columns."""
-    slabs, _, columns = partials.shape
-    sum_grad, sum_grad_x_hat = 0.0, 0.0
-    for s in range(slabs):
-        for start in range(channel * repeat, columns, channels * repeat):
+def gather_grads(partials, first, last):
+    """Adds the sums of all slabs to those of the first, for some columns."""
+    zero, end = zero_vector_like(partials, FEW), in_vectors(first, last)
+    for slab in range(1, len(partials)):
+        for k in range(first, end, FEW):
+            _add_grads(partials[0], partials[slab], k, zero)
+        for k in range(end, last):
+            _add_grads(partials[0], partials[slab], k, 0.0)
+
+
+@inlined
+def _add_grads(into, partial, k, zero):
+    for row in range(2):
+        store(into, row, k, load(into, row, k, zero) + load(partial, row, k, zero))
+
+
+@jitted
+def gather_grads_of_columns(partial, channels, repeat):
+    """Does for the sums of the gradient what `gather_columns` does for moments."""
+    for c in range(channels):
+        sum_grad, sum_grad_x_hat = 0.0, 0.0
+        for start in range(c * repeat, partial.shape[1], channels * repeat):
             for k in range(start, start + repeat):
-                sum_grad += partials[s, SUM_GRAD, k]
-                sum_grad_x_hat += partials[s, SUM_GRAD_X_HAT, k]
-    return sum_grad, sum_grad_x_hat
+                sum_grad += partial[SUM_GRAD, k]
+                sum_grad_x_hat += partial[SUM_GRAD_X_HAT, k]
+        partial[SUM_GRAD, c], partial[SUM_GRAD_X_HAT, c] = sum_grad, sum_grad_x_hat

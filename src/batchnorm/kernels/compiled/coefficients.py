@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
-from batchnorm.kernels.compiled.channel_sums import grad_sums_of_channel
+from batchnorm.kernels.compiled.channel_sums import SUM_GRAD, SUM_GRAD_X_HAT, in_vectors
 from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.gates import where_zero
 from batchnorm.kernels.compiled.numba_internals import inlined, jitted
-from batchnorm.kernels.compiled.vectors import broadcast, load
+from batchnorm.kernels.compiled.vectors import (
+    FEW,
+    broadcast,
+    load,
+    rounded,
+    square_root,
+    store,
+    zero_vector_like,
+)
 
 
 class Coefficients(NamedTuple):
@@ -83,79 +91,127 @@ def in_all_lanes(numbers, zero):
 
 
 @jitted
-def prepare(task, coefficients, weight, bias, first, last):
-    """Writes the coefficients of `maps.normalize` of some channels, from mean and variance."""
-    for c in range(first, last):
-        mean, inv_std = _statistic(task, task.mean, c), _inv_std(task, c)
-        scale = inv_std * (float(weight[c]) if task.weight else 1.0)
-        shift = float(bias[c]) if task.bias else 0.0
-        for start in range(c * task.repeat, coefficients.shape[1], task.channels * task.repeat):
-            for k in range(start, start + task.repeat):
-                coefficients[CENTER, k] = mean
-                coefficients[INV_STD, k] = inv_std
-                coefficients[SCALE, k] = scale
-                rounding = float(coefficients[CENTER, k]) - mean
-                coefficients[OFFSET, k] = rounding * scale + shift if rounding != 0 else shift
+def prepare(task, coefficients, weight, bias, first, last, origin):
+    """Writes the coefficients of `maps.normalize` of some channels, from mean and variance.
+
+    Those of channel ``c`` go into column ``c - origin``; `spread` copies them to all its columns.
+    """
+    zero, end = _zero_of_sums(task), in_vectors(first, last)
+    for c in range(first, end, FEW):
+        _prepare(task, coefficients, weight, bias, c, c - origin, zero)
+    for c in range(end, last):
+        _prepare(task, coefficients, weight, bias, c, c - origin, 0.0)
+
+
+@inlined
+def _prepare(task, coefficients, weight, bias, c, k, zero):
+    mean, inv_std = _statistic(task, task.mean, c, zero), _inv_std(task, c, zero)
+    scale = _scale(task, inv_std, weight, c, zero)
+    shift = load(bias, 0, c, zero) if task.bias else broadcast(0.0, zero)
+    store(coefficients, CENTER, k, mean)
+    store(coefficients, INV_STD, k, inv_std)
+    store(coefficients, SCALE, k, scale)
+    rounding = rounded(mean, coefficients) - mean
+    # An infinite scale times a rounding of zero would be NaN.
+    store(coefficients, OFFSET, k, where_zero(rounding, shift, rounding * scale + shift))
 
 
 @jitted
-def merge_grads(task, partials, coefficients, first, last):
+def spread(coefficients, first, last, channels, repeat):
+    """Copies some rows of coefficients from column ``c`` to all columns of channel ``c``.
+
+    It goes from the right to the left: a column lies at or to the right of the one it is copied
+    from.
+    """
+    for row in range(first, last):
+        for k in range(coefficients.shape[1] - 1, 0, -1):
+            coefficients[row, k] = coefficients[row, k // repeat % channels]
+
+
+@jitted
+def merge_grads(task, partial, coefficients, weight, first, last, origin):
     """Writes the sums of the gradient of some channels, and the coefficients of their means."""
-    shape, number = (task.channels,), coefficients.dtype
-    sums = array_at(task.sum_grad, shape, np.float64)
-    sums_x_hat = array_at(task.sum_grad_x_hat, shape, np.float64)
-    narrow_sums = array_at(task.sum_grad, shape, number)
-    narrow_sums_x_hat = array_at(task.sum_grad_x_hat, shape, number)
-    for c in range(first, last):
-        sum_grad, sum_grad_x_hat = grad_sums_of_channel(partials, c, task.channels, task.repeat)
-        # The loops computed ``x_hat`` about ``center``.
-        error = _center_error(task, coefficients, c)
-        sum_grad_x_hat += error * sum_grad
-        if task.sums_as_number:
-            narrow_sums[c], narrow_sums_x_hat[c] = sum_grad, sum_grad_x_hat
-        else:
-            sums[c], sums_x_hat[c] = sum_grad, sum_grad_x_hat
-        means = sum_grad / task.count, sum_grad_x_hat / task.count
-        _set_means(task, coefficients, c, error, means)
+    zero, end = _zero_of_sums(task), in_vectors(first, last)
+    for c in range(first, end, FEW):
+        _merge_grads(task, partial, coefficients, weight, c, c - origin, zero)
+    for c in range(end, last):
+        _merge_grads(task, partial, coefficients, weight, c, c - origin, 0.0)
+
+
+@inlined
+def _merge_grads(task, partial, coefficients, weight, c, k, zero):
+    inv_std = _inv_std(task, c, zero)
+    # The loops computed ``x_hat`` about ``center``.
+    error = _center_error(task, coefficients, inv_std, c, zero)
+    sum_grad = load(partial, SUM_GRAD, k, zero)
+    sum_grad_x_hat = load(partial, SUM_GRAD_X_HAT, k, zero) + error * sum_grad
+    shape, number = (1, task.channels), coefficients.dtype
+    if task.sums_as_number:
+        store(array_at(task.sum_grad, shape, number), 0, c, sum_grad)
+        store(array_at(task.sum_grad_x_hat, shape, number), 0, c, sum_grad_x_hat)
+    else:
+        store(array_at(task.sum_grad, shape, np.float64), 0, c, sum_grad)
+        store(array_at(task.sum_grad_x_hat, shape, np.float64), 0, c, sum_grad_x_hat)
+    count = broadcast(float(task.count), zero)
+    means = sum_grad / count, sum_grad_x_hat / count
+    scale = rounded(_scale(task, inv_std, weight, c, zero), coefficients)
+    _set_means(coefficients, k, scale, error, means, zero)
 
 
 @jitted
-def take_means(task, coefficients, first, last):
+def take_means(task, coefficients, weight, first, last, origin):
     """Writes the coefficients of some channels from means that the caller has merged."""
-    shape = (task.channels,)
-    mean_grad = array_at(task.mean_grad, shape, np.float64)
-    mean_grad_x_hat = array_at(task.mean_grad_x_hat, shape, np.float64)
-    for c in range(first, last):
-        error = _center_error(task, coefficients, c)
-        _set_means(task, coefficients, c, error, (mean_grad[c], mean_grad_x_hat[c]))
+    zero, end = _zero_of_sums(task), in_vectors(first, last)
+    for c in range(first, end, FEW):
+        _take_means(task, coefficients, weight, c, c - origin, zero)
+    for c in range(end, last):
+        _take_means(task, coefficients, weight, c, c - origin, 0.0)
 
 
-@jitted
-def _set_means(task, coefficients, c, error, means):
+@inlined
+def _take_means(task, coefficients, weight, c, k, zero):
+    shape, inv_std = (1, task.channels), _inv_std(task, c, zero)
+    mean_grad = load(array_at(task.mean_grad, shape, np.float64), 0, c, zero)
+    mean_grad_x_hat = load(array_at(task.mean_grad_x_hat, shape, np.float64), 0, c, zero)
+    scale = rounded(_scale(task, inv_std, weight, c, zero), coefficients)
+    error = _center_error(task, coefficients, inv_std, c, zero)
+    _set_means(coefficients, k, scale, error, (mean_grad, mean_grad_x_hat), zero)
+
+
+@inlined
+def _set_means(coefficients, k, scale, error, means, zero):
     mean_grad, mean_grad_x_hat = means
-    for start in range(c * task.repeat, coefficients.shape[1], task.channels * task.repeat):
-        for k in range(start, start + task.repeat):
-            scale = float(coefficients[SCALE, k])
-            coefficients[X_HAT_FACTOR, k] = -scale * mean_grad_x_hat
-            coefficients[CONSTANT, k] = -scale * (mean_grad + error * mean_grad_x_hat)
+    store(coefficients, X_HAT_FACTOR, k, zero - scale * mean_grad_x_hat)
+    store(coefficients, CONSTANT, k, zero - scale * (mean_grad + error * mean_grad_x_hat))
 
 
-@jitted
-def _center_error(task, coefficients, c):
+@inlined
+def _center_error(task, coefficients, inv_std, c, zero):
     """Returns the distance of ``center`` from the exact mean, in standard deviations."""
-    center = float(coefficients[CENTER, c * task.repeat])
-    return (center - _statistic(task, task.mean, c)) * _inv_std(task, c)
+    mean = _statistic(task, task.mean, c, zero)
+    return (rounded(mean, coefficients) - mean) * inv_std
 
 
-@jitted
-def _inv_std(task, c):
-    return 1 / math.sqrt(_statistic(task, task.var, c) + task.eps)
+@inlined
+def _scale(task, inv_std, weight, c, zero):
+    return inv_std * load(weight, 0, c, zero) if task.weight else inv_std
 
 
-@jitted
-def _statistic(task, address, c):
-    """A channel's mean or variance, in float64."""
-    shape = (task.channels,)
+@inlined
+def _inv_std(task, c, zero):
+    var = _statistic(task, task.var, c, zero) + broadcast(task.eps, zero)
+    return broadcast(1.0, zero) / square_root(var)
+
+
+@inlined
+def _statistic(task, address, c, zero):
+    """Mean or variance of channels, in float64."""
+    shape = (1, task.channels)
     if task.statistics_in_float32:
-        return float(array_at(address, shape, np.float32)[c])
-    return array_at(address, shape, np.float64)[c]
+        return load(array_at(address, shape, np.float32), 0, c, zero)
+    return load(array_at(address, shape, np.float64), 0, c, zero)
+
+
+@jitted
+def _zero_of_sums(task):
+    return zero_vector_like(array_at(task.mean, (1, task.channels), np.float64), FEW)

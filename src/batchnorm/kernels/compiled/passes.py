@@ -9,9 +9,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.kernels.compiled import coefficients, columns, planes
-from batchnorm.kernels.compiled.channel_sums import SUMS, merge_moments
-from batchnorm.kernels.compiled.coefficients import merge_grads, prepare, take_means
+from batchnorm.kernels.compiled import columns, planes
+from batchnorm.kernels.compiled.channel_sums import (
+    SUMS,
+    gather_columns,
+    gather_grads,
+    gather_grads_of_columns,
+    gather_moments,
+    merge_moments,
+)
+from batchnorm.kernels.compiled.coefficients import (
+    OFFSET,
+    ROWS,
+    X_HAT_FACTOR,
+    merge_grads,
+    prepare,
+    spread,
+    take_means,
+)
 from batchnorm.kernels.compiled.elements import array_at
 from batchnorm.kernels.compiled.maps import Tensors
 from batchnorm.kernels.compiled.numba_internals import jitted
@@ -22,7 +37,6 @@ from batchnorm.kernels.compiled.task import (
     MERGE,
     PREPARE,
     TAKE_MEANS,
-    share,
     steps_of,
     task_at,
 )
@@ -47,15 +61,22 @@ def _arrays_of(element, number, optional_at):
     @jitted
     def vectors_of(task):
         """Weight and bias."""
-        shape = (task.channels,)
+        shape = (1, task.channels)
         return array_at(task.weight, shape, number), array_at(task.bias, shape, number)
 
     @jitted
-    def scratch_of(task, width):
-        """Partial sums and coefficients, of as many columns."""
-        partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
-        at = task.scratch + task.coefficients
-        return partials, array_at(at, (coefficients.ROWS, width), number)
+    def scratch_of(task, width, thread):
+        """Partial sums and coefficients of as many columns, and sums of some rows of a thread.
+
+        The first two are the team's, or a thread's own if threads share tiles.
+        """
+        own = thread * task.widest if task.tiles > 1 else 0
+        at = task.scratch + task.partials + 8 * own * task.slabs * SUMS
+        partials = array_at(at, (task.slabs, SUMS, width), np.float64)
+        at = task.scratch + task.coefficients + 8 * own * ROWS
+        numbers = array_at(at, (ROWS, width), number)
+        at = task.scratch + task.work + 8 * thread * task.widest * columns.WORK_ROWS
+        return partials, numbers, array_at(at, (columns.WORK_ROWS, width), number)
 
     return tensors_of, vectors_of, scratch_of
 
@@ -79,7 +100,7 @@ def forward_of_planes(element, number, optional_at):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
         weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, task.channels)
+        partials, numbers, _ = scratch_of(task, task.channels, 0)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
         group = planes.channels_at_a_time(task, steps, tensors.x, 1)
@@ -89,9 +110,10 @@ def forward_of_planes(element, number, optional_at):
                 planes.collect(tensors.x, task.channels, partials, sums, first, last, of_slabs)
             if steps & MERGE:
                 samples = array_at(task.x, (task.rows, task.channels, task.length), element)
-                merge_moments(task, samples, partials, first, last)
+                gather_moments(partials, first, last)
+                merge_moments(task, samples, partials[0], first, last, 0)
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last)
+                prepare(task, numbers, weight, bias, first, last, 0)
             if steps & APPLY:
                 planes.normalize(task, tensors, numbers, first, last, of_pieces)
 
@@ -107,20 +129,21 @@ def backward_of_planes(element, number, optional_at):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
         weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, task.channels)
+        partials, numbers, _ = scratch_of(task, task.channels, 0)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
         group = planes.channels_at_a_time(task, steps, tensors.x, 2)
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last)
+                prepare(task, numbers, weight, bias, first, last, 0)
             if steps & COLLECT:
                 planes.grad_sums(task, tensors, partials, numbers, sums, first, last, of_slabs)
             if steps & MERGE:
-                merge_grads(task, partials, numbers, first, last)
+                gather_grads(partials, first, last)
+                merge_grads(task, partials[0], numbers, weight, first, last, 0)
             if steps & TAKE_MEANS:
-                take_means(task, numbers, first, last)
+                take_means(task, numbers, weight, first, last, 0)
             if steps & APPLY:
                 planes.grad_input(task, tensors, numbers, first, last, of_pieces)
 
@@ -133,27 +156,33 @@ def forward_of_columns(element, number, optional_at):
 
     def forward(pointer, thread, team):
         task = task_at(pointer)
-        width = task.fold * task.channels * task.repeat
-        tensors = tensors_of(task, task.rows, width)
+        tensors = tensors_of(task, task.rows, task.fold * task.channels * task.repeat)
         weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, width)
-        work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
-        steps = steps_of(task)
-        channels, own = columns.shares(task, width, thread, team)
-        from_slab, to_slab = share(task.slabs, thread, team)
-        if steps & COLLECT:
-            for slab in range(from_slab, to_slab):
-                columns.collect(tensors.x, partials, work, slab)
-        if steps & MERGE:
-            columns.gather_moments(partials, own[0], own[1])
-            shape = (task.rows * task.fold, task.channels, task.repeat)
-            samples = array_at(task.x, shape, element)
-            merge_moments(task, samples, partials[:1], channels[0], channels[1])
-        if steps & PREPARE:
-            prepare(task, numbers, weight, bias, channels[0], channels[1])
-        if steps & APPLY:
-            for slab in range(to_slab - 1, from_slab - 1, -1):
-                columns.normalize(task, tensors, numbers, slab)
+        steps, tiles = steps_of(task), columns.tiles_of(task, thread, team)
+        for tile in range(tiles[0], tiles[1]):
+            origin, end = columns.channels_of(task, tile)
+            begin, width = origin * task.repeat, task.fold * (end - origin) * task.repeat
+            partials, numbers, work = scratch_of(task, width, thread)
+            slabs, own = columns.shares(task, width, thread, team)
+            first, last = columns.channels_in(task, origin, own)
+            spreads = first < last and width > end - origin
+            if steps & COLLECT:
+                for slab in range(slabs[0], slabs[1]):
+                    columns.collect(tensors.x, begin, partials, work, slab)
+            if steps & MERGE:
+                gather_moments(partials, own[0], own[1])
+                if spreads:
+                    gather_columns(partials[0], end - origin, task.repeat)
+                shape = (task.rows * task.fold, task.channels, task.repeat)
+                samples = array_at(task.x, shape, element)
+                merge_moments(task, samples, partials[0], first, last, origin)
+            if steps & PREPARE:
+                prepare(task, numbers, weight, bias, first, last, origin)
+                if spreads:
+                    spread(numbers, 0, OFFSET + 1, end - origin, task.repeat)
+            if steps & APPLY:
+                for slab in range(slabs[1] - 1, slabs[0] - 1, -1):
+                    columns.normalize(task, tensors, begin, numbers, slab)
 
     return forward
 
@@ -164,26 +193,34 @@ def backward_of_columns(element, number, optional_at):
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
-        width = task.fold * task.channels * task.repeat
-        tensors = tensors_of(task, task.rows, width)
+        tensors = tensors_of(task, task.rows, task.fold * task.channels * task.repeat)
         weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, width)
-        work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
-        steps = steps_of(task)
-        channels, own = columns.shares(task, width, thread, team)
-        from_slab, to_slab = share(task.slabs, thread, team)
-        if steps & PREPARE:
-            prepare(task, numbers, weight, bias, channels[0], channels[1])
-        if steps & COLLECT:
-            for slab in range(from_slab, to_slab):
-                columns.grad_sums(task, tensors, partials, numbers, work, slab)
-        if steps & MERGE:
-            columns.gather_grads(partials, own[0], own[1])
-            merge_grads(task, partials[:1], numbers, channels[0], channels[1])
-        if steps & TAKE_MEANS:
-            take_means(task, numbers, channels[0], channels[1])
-        if steps & APPLY:
-            for slab in range(to_slab - 1, from_slab - 1, -1):
-                columns.grad_input(task, tensors, numbers, slab)
+        steps, tiles = steps_of(task), columns.tiles_of(task, thread, team)
+        for tile in range(tiles[0], tiles[1]):
+            origin, end = columns.channels_of(task, tile)
+            begin, width = origin * task.repeat, task.fold * (end - origin) * task.repeat
+            partials, numbers, work = scratch_of(task, width, thread)
+            slabs, own = columns.shares(task, width, thread, team)
+            first, last = columns.channels_in(task, origin, own)
+            spreads = first < last and width > end - origin
+            if steps & PREPARE:
+                prepare(task, numbers, weight, bias, first, last, origin)
+                if spreads:
+                    spread(numbers, 0, OFFSET + 1, end - origin, task.repeat)
+            if steps & COLLECT:
+                for slab in range(slabs[0], slabs[1]):
+                    columns.grad_sums(task, tensors, begin, partials, numbers, work, slab)
+            if steps & MERGE:
+                gather_grads(partials, own[0], own[1])
+                if spreads:
+                    gather_grads_of_columns(partials[0], end - origin, task.repeat)
+                merge_grads(task, partials[0], numbers, weight, first, last, origin)
+            if steps & TAKE_MEANS:
+                take_means(task, numbers, weight, first, last, origin)
+            if steps & (MERGE | TAKE_MEANS) and spreads:
+                spread(numbers, X_HAT_FACTOR, ROWS, end - origin, task.repeat)
+            if steps & APPLY:
+                for slab in range(slabs[1] - 1, slabs[0] - 1, -1):
+                    columns.grad_input(task, tensors, begin, numbers, slab)
 
     return backward

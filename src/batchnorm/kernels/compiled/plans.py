@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from batchnorm.kernels import parallel
-from batchnorm.kernels.compiled import coefficients, planes
+from batchnorm.kernels.compiled import coefficients, columns, planes
 from batchnorm.kernels.compiled.channel_sums import SUMS
 from batchnorm.kernels.compiled.compiling import Kernel, kernel
 from batchnorm.kernels.compiled.task import (
@@ -158,7 +158,8 @@ def plan(
     geometry = geometry_of_shape(shape, channels_last=channels_last)
     collected = "collect" in steps
     size = shape.numel() * dtype.itemsize
-    by_cell = not (collected and shares_channels(geometry, which, size, team))
+    tiled = geometry.tiles > 1
+    by_cell = not (tiled or (collected and shares_channels(geometry, which, size, team)))
     stages = _stages(steps) if by_cell and team > 1 else [steps]
     *parts, scratch = _offsets_in_scratch(geometry, team)
     constants = Constants(
@@ -169,6 +170,8 @@ def plan(
         fold=geometry.fold,
         repeat=geometry.repeat,
         slabs=geometry.slabs,
+        tiles=geometry.tiles,
+        widest=geometry.widest,
         count=shape.numel() // shape[1],
         stages=_bits(stages),
         by_cell=by_cell,
@@ -189,6 +192,8 @@ def shares_channels(geometry: Geometry, which: Pass, size: int, team: int) -> bo
 
     The pass makes a difference: the backward one reads two tensors twice.
     """
+    if geometry.tiles > 1:
+        return True
     channels = geometry.channels
     even = channels >= MIN_CHANNELS * team or channels % team == 0
     return even and not geometry.columns and READ_TWICE[which] * size > MAX_CACHED
@@ -217,10 +222,10 @@ def _offsets_in_scratch(geometry: Geometry, team: int) -> accumulate[int]:
 
     Each part begins at a cache line.
     """
-    width = geometry.fold * geometry.channels * geometry.repeat
-    sums, recent = SUMS * geometry.slabs * width, math.prod(planes.RECENT) * team
-    work = max(3 * width, math.prod(planes.WORK)) * team
-    sizes = sums, coefficients.ROWS * width, work, recent
+    width, parts = geometry.widest, team if geometry.tiles > 1 else 1
+    sums, recent = SUMS * geometry.slabs * width * parts, math.prod(planes.RECENT) * team
+    work = max(columns.WORK_ROWS * width, math.prod(planes.WORK)) * team
+    sizes = sums, coefficients.ROWS * width * parts, work, recent
     return accumulate((-(-8 * size // CACHE_LINE) * CACHE_LINE for size in sizes), initial=0)
 
 

@@ -68,6 +68,10 @@ class Constants(NamedTuple):
     fold: int
     repeat: int
     slabs: int
+    # Parts of the columns of which a thread does all steps, one after the other; 1 for the whole.
+    tiles: int
+    # Columns of the widest tile.
+    widest: int
     # Elements of a channel.
     count: int
     # The steps of each stage, eight bits a stage.

@@ -12,6 +12,7 @@ When Numba's JIT is disabled, a vector is a NumPy array.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 
 import numpy as np
@@ -84,12 +85,14 @@ def _zero_vector_like(array, lanes):
 
 def broadcast(value, zero):
     """Returns a vector like ``zero`` with ``value`` in every lane."""
-    return np.full_like(zero, value)
+    return np.full_like(zero, value)[()]
 
 
 @overload(broadcast)
 def _broadcast(value, zero):
-    return lambda value, zero: _broadcast_vector(value, zero)
+    if isinstance(zero, Vector):
+        return lambda value, zero: _broadcast_vector(value, zero)
+    return lambda value, zero: value
 
 
 @intrinsic
@@ -270,7 +273,7 @@ def rounded(value, like):
 def _rounded(value, like):
     if not isinstance(value, Vector):
         return lambda value, like: widen(narrow(value, like))
-    if isinstance(like.dtype, types.Float):
+    if like.dtype == value.number:
         return lambda value, like: value
     return lambda value, like: _rounded_vector(value, like)
 
@@ -288,6 +291,8 @@ def _widened(builder, vector, elements, dtype):
     if dtype == types.int16:
         halves = builder.bitcast(elements, lanes_of(vector, ir.HalfType()))
         return builder.fpext(halves, lanes_of(vector, REAL[32]))
+    if dtype == types.float32 and vector.number == types.float64:
+        return builder.fpext(elements, lanes_of(vector, REAL[64]))
     if dtype != types.uint16:
         return elements
     words = builder.zext(elements, lanes_of(vector, WORD))
@@ -299,6 +304,8 @@ def _narrowed(builder, vector, value, dtype):
     if dtype == types.int16:
         halves = builder.fptrunc(value, lanes_of(vector, ir.HalfType()))
         return builder.bitcast(halves, lanes_of(vector, ir.IntType(16)))
+    if dtype == types.float32 and vector.number == types.float64:
+        return builder.fptrunc(value, lanes_of(vector, REAL[32]))
     if dtype != types.uint16:
         return value
     every = functools.partial(_repeated, vector, WORD)
@@ -332,6 +339,28 @@ def _multiply_add_vectors(context, a, b, c):
     return a(a, b, c), code
 
 
+def square_root(value):
+    """Returns the square root of each number, correctly rounded."""
+    return np.sqrt(value)
+
+
+@overload(square_root)
+def _square_root(value):
+    if isinstance(value, Vector):
+        return lambda value: _square_root_of_vector(value)
+    return lambda value: math.sqrt(value)
+
+
+@intrinsic
+def _square_root_of_vector(context, value):
+    def code(context, builder, signature, args):
+        kind = ir.FunctionType(args[0].type, [args[0].type])
+        name = f"llvm.sqrt.v{value.lanes}f{value.number.bitwidth}"
+        return builder.call(llvm_function(builder, kind, name), args)
+
+    return value(value), code
+
+
 def _overload_arithmetic(function, instruction):
     @intrinsic
     def vectors(context, a, b):
@@ -350,3 +379,4 @@ def _overload_arithmetic(function, instruction):
 _overload_arithmetic(operator.add, "fadd")
 _overload_arithmetic(operator.sub, "fsub")
 _overload_arithmetic(operator.mul, "fmul")
+_overload_arithmetic(operator.truediv, "fdiv")
