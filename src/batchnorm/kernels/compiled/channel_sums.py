@@ -6,8 +6,7 @@ channel ``k // repeat % channels``; planes have one column a channel.
 
 The loops over channels take `FEW` of them at a time and the rest one by one, by functions that
 compute vectors and single numbers to the same bits: they never round ``a * b + c`` only once. A
-channel ``c`` has its sums in column ``c - origin``, where ``origin`` is the first channel of the
-part of the matrix that is being computed.
+channel ``c`` has its sums in column ``c - origin``.
 """
 
 from __future__ import annotations
@@ -124,18 +123,18 @@ def _gather_moments(into, partial, k, zero):
 
 @jitted
 def gather_columns(partial, channels, repeat):
-    """Merges the sums of all columns of a channel into column ``c``, for every channel.
+    """Merges the sums of all columns of each channel into the last columns, one a channel.
 
-    No column is overwritten before it has been read: those of channel ``c`` begin at
-    ``c * repeat``.
+    From the right to the left, no column is overwritten before it has been read.
     """
-    for c in range(channels):
-        whole = sums_of_column(partial, c * repeat, 0.0)
-        for start in range(c * repeat, partial.shape[1], channels * repeat):
-            for k in range(start, start + repeat):
-                if k > c * repeat:
-                    whole = merged(whole, sums_of_column(partial, k, 0.0))
-        set_moments(partial, c, whole)
+    width = partial.shape[1]
+    for c in range(channels - 1, -1, -1):
+        whole, skip = sums_of_column(partial, c * repeat, 0.0), 1
+        for start in range(c * repeat, width, channels * repeat):
+            for k in range(start + skip, start + repeat):
+                whole = merged(whole, sums_of_column(partial, k, 0.0))
+            skip = 0
+        set_moments(partial, width - channels + c, whole)
 
 
 @jitted
@@ -248,10 +247,12 @@ def _add_grads(into, partial, k, zero):
 @jitted
 def gather_grads_of_columns(partial, channels, repeat):
     """Does for the sums of the gradient what `gather_columns` does for moments."""
-    for c in range(channels):
+    width = partial.shape[1]
+    for c in range(channels - 1, -1, -1):
         sum_grad, sum_grad_x_hat = 0.0, 0.0
-        for start in range(c * repeat, partial.shape[1], channels * repeat):
+        for start in range(c * repeat, width, channels * repeat):
             for k in range(start, start + repeat):
                 sum_grad += partial[SUM_GRAD, k]
                 sum_grad_x_hat += partial[SUM_GRAD_X_HAT, k]
-        partial[SUM_GRAD, c], partial[SUM_GRAD_X_HAT, c] = sum_grad, sum_grad_x_hat
+        home = width - channels + c
+        partial[SUM_GRAD, home], partial[SUM_GRAD_X_HAT, home] = sum_grad, sum_grad_x_hat

@@ -94,7 +94,7 @@ def in_all_lanes(numbers, zero):
 def prepare(task, coefficients, weight, bias, first, last, origin):
     """Writes the coefficients of `maps.normalize` of some channels, from mean and variance.
 
-    Those of channel ``c`` go into column ``c - origin``; `spread` copies them to all its columns.
+    Those of channel ``c`` go into column ``c - origin``; `spread` copies them to the others.
     """
     zero, end = _zero_of_sums(task), in_vectors(first, last)
     for c in range(first, end, FEW):
@@ -118,14 +118,24 @@ def _prepare(task, coefficients, weight, bias, c, k, zero):
 
 @jitted
 def spread(coefficients, first, last, channels, repeat):
-    """Copies some rows of coefficients from column ``c`` to all columns of channel ``c``.
-
-    It goes from the right to the left: a column lies at or to the right of the one it is copied
-    from.
-    """
-    for row in range(first, last):
-        for k in range(coefficients.shape[1] - 1, 0, -1):
-            coefficients[row, k] = coefficients[row, k // repeat % channels]
+    """Copies some rows of coefficients from the last columns, one a channel, to all columns."""
+    zero, width = zero_vector_like(coefficients, FEW), coefficients.shape[1]
+    blocks, whole = width // (channels * repeat), (repeat + FEW - 1) // FEW * FEW
+    for block in range(blocks):
+        for c in range(channels):
+            source, start = width - channels + c, (block * channels + c) * repeat
+            # What is read later begins here.
+            stop = source + 1 if block == blocks - 1 else width - channels
+            if start + whole <= stop:
+                for row in range(first, last):
+                    number = broadcast(coefficients[row, source], zero)
+                    for k in range(start, start + whole, FEW):
+                        store(coefficients, row, k, number)
+            else:
+                for row in range(first, last):
+                    number = coefficients[row, source]
+                    for k in range(start, start + repeat):
+                        coefficients[row, k] = number
 
 
 @jitted

@@ -161,25 +161,28 @@ def forward_of_columns(element, number, optional_at):
         steps, tiles = steps_of(task), columns.tiles_of(task, thread, team)
         for tile in range(tiles[0], tiles[1]):
             origin, end = columns.channels_of(task, tile)
-            begin, width = origin * task.repeat, task.fold * (end - origin) * task.repeat
+            begin, channels = origin * task.repeat, end - origin
+            width = task.fold * channels * task.repeat
+            # What a channel has one of is in the last columns of the scratch memory.
+            home = origin - (width - channels)
             partials, numbers, work = scratch_of(task, width, thread)
             slabs, own = columns.shares(task, width, thread, team)
             first, last = columns.channels_in(task, origin, own)
-            spreads = first < last and width > end - origin
+            spreads = first < last and width > channels
             if steps & COLLECT:
                 for slab in range(slabs[0], slabs[1]):
                     columns.collect(tensors.x, begin, partials, work, slab)
             if steps & MERGE:
                 gather_moments(partials, own[0], own[1])
                 if spreads:
-                    gather_columns(partials[0], end - origin, task.repeat)
+                    gather_columns(partials[0], channels, task.repeat)
                 shape = (task.rows * task.fold, task.channels, task.repeat)
                 samples = array_at(task.x, shape, element)
-                merge_moments(task, samples, partials[0], first, last, origin)
+                merge_moments(task, samples, partials[0], first, last, home)
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, origin)
+                prepare(task, numbers, weight, bias, first, last, home)
                 if spreads:
-                    spread(numbers, 0, OFFSET + 1, end - origin, task.repeat)
+                    spread(numbers, 0, OFFSET + 1, channels, task.repeat)
             if steps & APPLY:
                 for slab in range(slabs[1] - 1, slabs[0] - 1, -1):
                     columns.normalize(task, tensors, begin, numbers, slab)
@@ -198,27 +201,30 @@ def backward_of_columns(element, number, optional_at):
         steps, tiles = steps_of(task), columns.tiles_of(task, thread, team)
         for tile in range(tiles[0], tiles[1]):
             origin, end = columns.channels_of(task, tile)
-            begin, width = origin * task.repeat, task.fold * (end - origin) * task.repeat
+            begin, channels = origin * task.repeat, end - origin
+            width = task.fold * channels * task.repeat
+            # What a channel has one of is in the last columns of the scratch memory.
+            home = origin - (width - channels)
             partials, numbers, work = scratch_of(task, width, thread)
             slabs, own = columns.shares(task, width, thread, team)
             first, last = columns.channels_in(task, origin, own)
-            spreads = first < last and width > end - origin
+            spreads = first < last and width > channels
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, origin)
+                prepare(task, numbers, weight, bias, first, last, home)
                 if spreads:
-                    spread(numbers, 0, OFFSET + 1, end - origin, task.repeat)
+                    spread(numbers, 0, OFFSET + 1, channels, task.repeat)
             if steps & COLLECT:
                 for slab in range(slabs[0], slabs[1]):
                     columns.grad_sums(task, tensors, begin, partials, numbers, work, slab)
             if steps & MERGE:
                 gather_grads(partials, own[0], own[1])
                 if spreads:
-                    gather_grads_of_columns(partials[0], end - origin, task.repeat)
-                merge_grads(task, partials[0], numbers, weight, first, last, origin)
+                    gather_grads_of_columns(partials[0], channels, task.repeat)
+                merge_grads(task, partials[0], numbers, weight, first, last, home)
             if steps & TAKE_MEANS:
-                take_means(task, numbers, weight, first, last, origin)
+                take_means(task, numbers, weight, first, last, home)
             if steps & (MERGE | TAKE_MEANS) and spreads:
-                spread(numbers, X_HAT_FACTOR, ROWS, end - origin, task.repeat)
+                spread(numbers, X_HAT_FACTOR, ROWS, channels, task.repeat)
             if steps & APPLY:
                 for slab in range(slabs[1] - 1, slabs[0] - 1, -1):
                     columns.grad_input(task, tensors, begin, numbers, slab)
