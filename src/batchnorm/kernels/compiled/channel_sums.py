@@ -4,9 +4,8 @@ A *column* has one set of partial sums in each *slab*, a share of the rows that 
 alone. So any number of threads merges the same sums in the same order. Column ``k`` belongs to
 channel ``k // repeat % channels``; planes have one column a channel.
 
-The loops over channels take `FEW` of them at a time and the rest one by one, by functions that
-compute vectors and single numbers to the same bits: they never round ``a * b + c`` only once. A
-channel ``c`` has its sums in column ``c - origin``.
+Loops over channels compute them as in `batchnorm.kernels.compiled.channels`, so many at a time as
+``zero`` has numbers. Channel ``c`` has its sums in column ``c - origin``.
 """
 
 from __future__ import annotations
@@ -16,23 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from batchnorm.kernels.compiled.channels import count_larger, load_few, size_of, store_few
 from batchnorm.kernels.compiled.elements import array_at, widen
-from batchnorm.kernels.compiled.gates import are_all_larger, is_any_larger, where_positive
+from batchnorm.kernels.compiled.gates import where_positive
 from batchnorm.kernels.compiled.numba_internals import inlined, jitted
-from batchnorm.kernels.compiled.vectors import (
-    FEW,
-    broadcast,
-    load,
-    store,
-    zero_vector_like,
-)
 
 # Rows of ``partials[slab]``: forward the fields of `ShiftedSums`, backward the two sums of the
 # gradient.
 COUNT, SHIFT, LINEAR, SQUARES = range(4)
 SUM_GRAD, SUM_GRAD_X_HAT = range(2)
 SUMS = 4
-LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+# The largest square of a float32.
+LARGEST_SQUARE = float(np.finfo(np.float32).max) ** 2
 # Variances below this may have lost digits to float32, which holds no square below 1e-38.
 SUSPICIOUS = 1e-30
 
@@ -69,105 +63,89 @@ def merged(a, b):
     )
 
 
-@inlined
-def sums_of_column(partial, k, zero):
-    """Returns the sums of column ``k`` in one slab."""
+@jitted
+def sums_of_columns(partial, k, count, zero):
+    """Returns the sums of ``count`` columns from ``k`` on, in one slab."""
     return ShiftedSums(
-        load(partial, COUNT, k, zero),
-        load(partial, SHIFT, k, zero),
-        load(partial, LINEAR, k, zero),
-        load(partial, SQUARES, k, zero),
+        load_few(partial, COUNT, k, count, zero),
+        load_few(partial, SHIFT, k, count, zero),
+        load_few(partial, LINEAR, k, count, zero),
+        load_few(partial, SQUARES, k, count, zero),
     )
 
 
-@inlined
-def set_moments(partial, k, sums):
-    """Writes the sums of column ``k`` in one slab."""
-    store(partial, COUNT, k, sums.count)
-    store(partial, SHIFT, k, sums.shift)
-    store(partial, LINEAR, k, sums.linear)
-    store(partial, SQUARES, k, sums.squares)
+@jitted
+def set_moments(partial, k, count, sums):
+    """Writes the sums of ``count`` columns from ``k`` on, in one slab."""
+    store_few(partial, COUNT, k, count, sums.count)
+    store_few(partial, SHIFT, k, count, sums.shift)
+    store_few(partial, LINEAR, k, count, sums.linear)
+    store_few(partial, SQUARES, k, count, sums.squares)
 
 
 @jitted
 def add_moments(partial, k, sums):
     """Merges ``sums`` into those of column ``k`` in one slab, which may be empty."""
-    if partial[COUNT, k] == 0:
-        set_moments(partial, k, sums)
-    else:
-        set_moments(partial, k, merged(sums_of_column(partial, k, 0.0), sums))
+    if partial[COUNT, k] != 0:
+        sums = merged(sums_of_columns(partial, k, 1, 0.0), sums)
+    set_moments(partial, k, 1, sums)
 
 
 @jitted
-def in_vectors(first, last):
-    """Returns where the vectors of `FEW` end that begin at ``first``."""
-    return last - (last - first) % FEW
-
-
-@jitted
-def gather_moments(partials, first, last):
+def gather_moments(partials, first, last, zero):
     """Merges the sums of all slabs into those of the first, for some columns."""
-    zero, end = zero_vector_like(partials, FEW), in_vectors(first, last)
+    size = size_of(zero)
     for slab in range(1, len(partials)):
-        for k in range(first, end, FEW):
-            _gather_moments(partials[0], partials[slab], k, zero)
-        for k in range(end, last):
-            _gather_moments(partials[0], partials[slab], k, 0.0)
-
-
-@inlined
-def _gather_moments(into, partial, k, zero):
-    whole = merged(sums_of_column(into, k, zero), sums_of_column(partial, k, zero))
-    set_moments(into, k, whole)
+        for k in range(first, last, size):
+            count = min(size, last - k)
+            sums = sums_of_columns(partials[0], k, count, zero)
+            sums = merged(sums, sums_of_columns(partials[slab], k, count, zero))
+            set_moments(partials[0], k, count, sums)
 
 
 @jitted
-def gather_columns(partial, channels, repeat):
+def gather_columns(partial, channels, repeat, zero):
     """Merges the sums of all columns of each channel into the last columns, one a channel.
 
     From the right to the left, no column is overwritten before it has been read.
     """
     width = partial.shape[1]
     for c in range(channels - 1, -1, -1):
-        whole, skip = sums_of_column(partial, c * repeat, 0.0), 1
+        whole, skip = sums_of_columns(partial, c * repeat, 1, zero), 1
         for start in range(c * repeat, width, channels * repeat):
             for k in range(start + skip, start + repeat):
-                whole = merged(whole, sums_of_column(partial, k, 0.0))
+                whole = merged(whole, sums_of_columns(partial, k, 1, zero))
             skip = 0
-        set_moments(partial, width - channels + c, whole)
+        set_moments(partial, width - channels + c, 1, whole)
 
 
 @jitted
-def merge_moments(task, x, partial, first, last, origin):
+def merge_moments(task, x, partial, first, last, origin, zero):
     """Writes mean and variance of some channels; updates their running statistics, if any.
 
     ``x`` is (samples, channels, length).
     """
-    zero, end = zero_vector_like(partial, FEW), in_vectors(first, last)
-    for c in range(first, end, FEW):
-        _merge_moments(task, x, partial, c, c - origin, FEW, zero)
-    for c in range(end, last):
-        _merge_moments(task, x, partial, c, c - origin, 1, 0.0)
-
-
-@inlined
-def _merge_moments(task, x, partial, c, k, count, zero):
-    shape = (1, task.channels)
+    shape, size = (1, task.channels), size_of(zero)
     means, variances = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
-    sums = sums_of_column(partial, k, zero)
-    rest = sums.linear / sums.count
-    var = sums.squares / sums.count - rest * rest
-    store(means, 0, c, sums.shift + rest)
-    store(variances, 0, c, where_positive(var, var, zero))
-    # Squares too small or too large for float32, or NaN: float64 decides.
-    least, most = broadcast(SUSPICIOUS, zero), broadcast(math.inf, zero)
-    if not (are_all_larger(var, least) and are_all_larger(most, var)):
-        _look_again(x, means, variances, c, c + count)
-    if task.running_mean:
-        mean, var = load(means, 0, c, zero), load(variances, 0, c, zero)
-        _update_running(task, c, mean, var, zero)
-        if c == 0 and task.counter:
-            array_at(task.counter, (1,), np.int64)[0] += 1
+    unbiased = task.count / (task.count - 1)
+    for c in range(first, last, size):
+        count = min(size, last - c)
+        sums = sums_of_columns(partial, c - origin, count, zero)
+        rest = sums.linear / sums.count
+        var = sums.squares / sums.count - rest * rest
+        store_few(means, 0, c, count, sums.shift + rest)
+        store_few(variances, 0, c, count, where_positive(var, var, zero))
+        # Squares too small or too large for float32, or NaN: float64 decides.
+        enough = count_larger(var, zero + SUSPICIOUS, count)
+        if enough + count_larger(zero + math.inf, var, count) < 2 * count:
+            _look_again(x, means, variances, c, c + count)
+        if task.running_mean:
+            mean = load_few(means, 0, c, count, zero)
+            var = load_few(variances, 0, c, count, zero)
+            _move(task, task.running_mean, c, count, mean, zero)
+            _move(task, task.running_var, c, count, var * unbiased, zero)
+    if task.running_mean and task.counter and first == 0 < last:
+        array_at(task.counter, (1,), np.int64)[0] += 1
 
 
 @jitted
@@ -199,49 +177,37 @@ def _moments_in_float64(values):
     return mean + rest, 0.0 if var < 0 else var
 
 
-@inlined
-def _update_running(task, c, mean, var, zero):
-    """Moves the running statistics of channels towards the batch's."""
-    _move(task, task.running_mean, c, mean, zero)
-    _move(task, task.running_var, c, var * broadcast(task.count / (task.count - 1), zero), zero)
-
-
-@inlined
-def _move(task, address, c, value, zero):
-    shape = (1, task.channels)
+@jitted
+def _move(task, address, c, count, value, zero):
+    """Moves a running statistic of some channels towards the batch's."""
+    shape, of_old, by = (1, task.channels), 1 - task.weight_of_batch, task.weight_of_batch * value
     if task.running_in_float64:
         running = array_at(address, shape, np.float64)
-        store(running, 0, c, _moved(task, load(running, 0, c, zero), value, zero))
+        store_few(running, 0, c, count, of_old * load_few(running, 0, c, count, zero) + by)
     else:
         narrow = array_at(address, shape, np.float32)
-        moved = _moved(task, load(narrow, 0, c, zero), value, zero)
-        store(narrow, 0, c, moved)
-        largest = broadcast(LARGEST_FLOAT32, zero)
-        if is_any_larger(moved, largest) or is_any_larger(zero - moved, largest):
+        moved = of_old * load_few(narrow, 0, c, count, zero) + by
+        store_few(narrow, 0, c, count, moved)
+        if count_larger(moved * moved, zero + LARGEST_SQUARE, count):
             task.overflowed = 1
 
 
-@inlined
-def _moved(task, running, value, zero):
-    weight, of_old = task.weight_of_batch, 1 - task.weight_of_batch
-    return broadcast(of_old, zero) * running + broadcast(weight, zero) * value
+@jitted
+def gather_grads(partials, first, last, zero):
+    """Adds the sums of all slabs to those of the first, for some columns."""
+    for slab in range(1, len(partials)):
+        add_grads(partials[0], partials[slab], first, last, zero)
 
 
 @jitted
-def gather_grads(partials, first, last):
-    """Adds the sums of all slabs to those of the first, for some columns."""
-    zero, end = zero_vector_like(partials, FEW), in_vectors(first, last)
-    for slab in range(1, len(partials)):
-        for k in range(first, end, FEW):
-            _add_grads(partials[0], partials[slab], k, zero)
-        for k in range(end, last):
-            _add_grads(partials[0], partials[slab], k, 0.0)
-
-
-@inlined
-def _add_grads(into, partial, k, zero):
+def add_grads(partial, more, first, last, zero):
+    """Adds the first two rows of ``more`` to those of ``partial``, for some columns."""
+    size = size_of(zero)
     for row in range(2):
-        store(into, row, k, load(into, row, k, zero) + load(partial, row, k, zero))
+        for k in range(first, last, size):
+            count = min(size, last - k)
+            whole = load_few(partial, row, k, count, zero) + load_few(more, row, k, count, zero)
+            store_few(partial, row, k, count, whole)
 
 
 @jitted

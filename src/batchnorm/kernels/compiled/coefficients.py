@@ -6,19 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from batchnorm.kernels.compiled.channel_sums import SUM_GRAD, SUM_GRAD_X_HAT, in_vectors
-from batchnorm.kernels.compiled.elements import array_at
-from batchnorm.kernels.compiled.gates import where_zero
-from batchnorm.kernels.compiled.numba_internals import inlined, jitted
-from batchnorm.kernels.compiled.vectors import (
-    FEW,
-    broadcast,
-    load,
-    rounded,
+from batchnorm.kernels.compiled.channel_sums import SUM_GRAD, SUM_GRAD_X_HAT
+from batchnorm.kernels.compiled.channels import (
+    load_few,
+    rounded_like,
+    size_of,
     square_root,
-    store,
-    zero_vector_like,
+    store_few,
+    where_zero,
 )
+from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.numba_internals import inlined, jitted
+from batchnorm.kernels.compiled.vectors import FEW, broadcast, load, zero_vector_like
 
 
 class Coefficients(NamedTuple):
@@ -91,137 +90,118 @@ def in_all_lanes(numbers, zero):
 
 
 @jitted
-def prepare(task, coefficients, weight, bias, first, last, origin):
+def prepare(task, coefficients, weight, bias, first, last, origin, zero):
     """Writes the coefficients of `maps.normalize` of some channels, from mean and variance.
 
     Those of channel ``c`` go into column ``c - origin``; `spread` copies them to the others.
+    ``zero`` has as many numbers as are computed at a time.
     """
-    zero, end = _zero_of_sums(task), in_vectors(first, last)
-    for c in range(first, end, FEW):
-        _prepare(task, coefficients, weight, bias, c, c - origin, zero)
-    for c in range(end, last):
-        _prepare(task, coefficients, weight, bias, c, c - origin, 0.0)
-
-
-@inlined
-def _prepare(task, coefficients, weight, bias, c, k, zero):
-    mean, inv_std = _statistic(task, task.mean, c, zero), _inv_std(task, c, zero)
-    scale = _scale(task, inv_std, weight, c, zero)
-    shift = load(bias, 0, c, zero) if task.bias else broadcast(0.0, zero)
-    store(coefficients, CENTER, k, mean)
-    store(coefficients, INV_STD, k, inv_std)
-    store(coefficients, SCALE, k, scale)
-    rounding = rounded(mean, coefficients) - mean
-    # An infinite scale times a rounding of zero would be NaN.
-    store(coefficients, OFFSET, k, where_zero(rounding, shift, rounding * scale + shift))
+    size = size_of(zero)
+    for c in range(first, last, size):
+        count, k = min(size, last - c), c - origin
+        mean, inv_std = _statistic(task, task.mean, c, count, zero), _inv_std(task, c, count, zero)
+        scale = _scale(task, inv_std, weight, c, count, zero)
+        shift = load_few(bias, 0, c, count, zero) if task.bias else zero
+        store_few(coefficients, CENTER, k, count, mean)
+        store_few(coefficients, INV_STD, k, count, inv_std)
+        store_few(coefficients, SCALE, k, count, scale)
+        rounding = rounded_like(mean, coefficients) - mean
+        # An infinite scale times a rounding of zero would be NaN.
+        offset = where_zero(rounding, shift, rounding * scale + shift)
+        store_few(coefficients, OFFSET, k, count, offset)
 
 
 @jitted
 def spread(coefficients, first, last, channels, repeat):
-    """Copies some rows of coefficients from the last columns, one a channel, to all columns."""
-    zero, width = zero_vector_like(coefficients, FEW), coefficients.shape[1]
-    blocks, whole = width // (channels * repeat), (repeat + FEW - 1) // FEW * FEW
-    for block in range(blocks):
-        for c in range(channels):
-            source, start = width - channels + c, (block * channels + c) * repeat
-            # What is read later begins here.
-            stop = source + 1 if block == blocks - 1 else width - channels
-            if start + whole <= stop:
-                for row in range(first, last):
-                    number = broadcast(coefficients[row, source], zero)
-                    for k in range(start, start + whole, FEW):
-                        store(coefficients, row, k, number)
-            else:
-                for row in range(first, last):
-                    number = coefficients[row, source]
-                    for k in range(start, start + repeat):
-                        coefficients[row, k] = number
+    """Copies some rows of coefficients from the last columns, one a channel, to all columns.
+
+    From the left to the right, no column is overwritten before it has been read.
+    """
+    width, zero = coefficients.shape[1], zero_vector_like(coefficients, FEW)
+    for start in range(0, width, repeat):
+        source = width - channels + start // repeat % channels
+        for row in range(first, last):
+            number = coefficients[row, source] + zero
+            for k in range(start, start + repeat, FEW):
+                store_few(coefficients, row, k, min(FEW, start + repeat - k), number)
 
 
 @jitted
-def merge_grads(task, partial, coefficients, weight, first, last, origin):
-    """Writes the sums of the gradient of some channels, and the coefficients of their means."""
-    zero, end = _zero_of_sums(task), in_vectors(first, last)
-    for c in range(first, end, FEW):
-        _merge_grads(task, partial, coefficients, weight, c, c - origin, zero)
-    for c in range(end, last):
-        _merge_grads(task, partial, coefficients, weight, c, c - origin, 0.0)
+def take_means(task, partial, coefficients, weight, first, last, origin, merges, zero):
+    """Writes the coefficients of the means of the gradient, which the caller may have merged.
+
+    If this call ``merges``, it writes the sums of the gradient first and takes the means of those.
+    """
+    size = size_of(zero)
+    for c in range(first, last, size):
+        count = min(size, last - c)
+        inv_std = _inv_std(task, c, count, zero)
+        error = _center_error(task, coefficients, inv_std, c, count, zero)
+        scale = _scale(task, inv_std, weight, c, count, zero)
+        if merges:
+            means = _merge_grads(task, partial, coefficients, error, c, c - origin, count, zero)
+        else:
+            means = _means(task, c, count, zero)
+        _set_means(coefficients, c - origin, count, scale, error, means)
 
 
-@inlined
-def _merge_grads(task, partial, coefficients, weight, c, k, zero):
-    inv_std = _inv_std(task, c, zero)
+@jitted
+def _merge_grads(task, partial, coefficients, error, c, k, count, zero):
+    sum_grad = load_few(partial, SUM_GRAD, k, count, zero)
     # The loops computed ``x_hat`` about ``center``.
-    error = _center_error(task, coefficients, inv_std, c, zero)
-    sum_grad = load(partial, SUM_GRAD, k, zero)
-    sum_grad_x_hat = load(partial, SUM_GRAD_X_HAT, k, zero) + error * sum_grad
-    shape, number = (1, task.channels), coefficients.dtype
-    if task.sums_as_number:
-        store(array_at(task.sum_grad, shape, number), 0, c, sum_grad)
-        store(array_at(task.sum_grad_x_hat, shape, number), 0, c, sum_grad_x_hat)
-    else:
-        store(array_at(task.sum_grad, shape, np.float64), 0, c, sum_grad)
-        store(array_at(task.sum_grad_x_hat, shape, np.float64), 0, c, sum_grad_x_hat)
-    count = broadcast(float(task.count), zero)
-    means = sum_grad / count, sum_grad_x_hat / count
-    scale = rounded(_scale(task, inv_std, weight, c, zero), coefficients)
-    _set_means(coefficients, k, scale, error, means, zero)
+    sum_grad_x_hat = load_few(partial, SUM_GRAD_X_HAT, k, count, zero) + error * sum_grad
+    _store_sum(task, task.sum_grad, coefficients, c, count, sum_grad)
+    _store_sum(task, task.sum_grad_x_hat, coefficients, c, count, sum_grad_x_hat)
+    total = float(task.count)
+    return sum_grad / total, sum_grad_x_hat / total
 
 
 @jitted
-def take_means(task, coefficients, weight, first, last, origin):
-    """Writes the coefficients of some channels from means that the caller has merged."""
-    zero, end = _zero_of_sums(task), in_vectors(first, last)
-    for c in range(first, end, FEW):
-        _take_means(task, coefficients, weight, c, c - origin, zero)
-    for c in range(end, last):
-        _take_means(task, coefficients, weight, c, c - origin, 0.0)
+def _store_sum(task, address, coefficients, c, count, value):
+    shape = (1, task.channels)
+    if task.sums_as_number:
+        store_few(array_at(address, shape, coefficients.dtype), 0, c, count, value)
+    else:
+        store_few(array_at(address, shape, np.float64), 0, c, count, value)
 
 
-@inlined
-def _take_means(task, coefficients, weight, c, k, zero):
-    shape, inv_std = (1, task.channels), _inv_std(task, c, zero)
-    mean_grad = load(array_at(task.mean_grad, shape, np.float64), 0, c, zero)
-    mean_grad_x_hat = load(array_at(task.mean_grad_x_hat, shape, np.float64), 0, c, zero)
-    scale = rounded(_scale(task, inv_std, weight, c, zero), coefficients)
-    error = _center_error(task, coefficients, inv_std, c, zero)
-    _set_means(coefficients, k, scale, error, (mean_grad, mean_grad_x_hat), zero)
+@jitted
+def _means(task, c, count, zero):
+    shape = (1, task.channels)
+    mean_grad = load_few(array_at(task.mean_grad, shape, np.float64), 0, c, count, zero)
+    mean_grad_x_hat = load_few(array_at(task.mean_grad_x_hat, shape, np.float64), 0, c, count, zero)
+    return mean_grad, mean_grad_x_hat
 
 
-@inlined
-def _set_means(coefficients, k, scale, error, means, zero):
+@jitted
+def _set_means(coefficients, k, count, scale, error, means):
     mean_grad, mean_grad_x_hat = means
-    store(coefficients, X_HAT_FACTOR, k, zero - scale * mean_grad_x_hat)
-    store(coefficients, CONSTANT, k, zero - scale * (mean_grad + error * mean_grad_x_hat))
+    minus = -1.0 * rounded_like(scale, coefficients)
+    store_few(coefficients, X_HAT_FACTOR, k, count, minus * mean_grad_x_hat)
+    store_few(coefficients, CONSTANT, k, count, minus * (mean_grad + error * mean_grad_x_hat))
 
 
-@inlined
-def _center_error(task, coefficients, inv_std, c, zero):
+@jitted
+def _center_error(task, coefficients, inv_std, c, count, zero):
     """Returns the distance of ``center`` from the exact mean, in standard deviations."""
-    mean = _statistic(task, task.mean, c, zero)
-    return (rounded(mean, coefficients) - mean) * inv_std
+    mean = _statistic(task, task.mean, c, count, zero)
+    return (rounded_like(mean, coefficients) - mean) * inv_std
 
 
-@inlined
-def _scale(task, inv_std, weight, c, zero):
-    return inv_std * load(weight, 0, c, zero) if task.weight else inv_std
+@jitted
+def _scale(task, inv_std, weight, c, count, zero):
+    return inv_std * load_few(weight, 0, c, count, zero) if task.weight else inv_std
 
 
-@inlined
-def _inv_std(task, c, zero):
-    var = _statistic(task, task.var, c, zero) + broadcast(task.eps, zero)
-    return broadcast(1.0, zero) / square_root(var)
+@jitted
+def _inv_std(task, c, count, zero):
+    return 1.0 / square_root(_statistic(task, task.var, c, count, zero) + task.eps)
 
 
-@inlined
-def _statistic(task, address, c, zero):
-    """Mean or variance of channels, in float64."""
+@jitted
+def _statistic(task, address, c, count, zero):
+    """Mean or variance of some channels."""
     shape = (1, task.channels)
     if task.statistics_in_float32:
-        return load(array_at(address, shape, np.float32), 0, c, zero)
-    return load(array_at(address, shape, np.float64), 0, c, zero)
-
-
-@jitted
-def _zero_of_sums(task):
-    return zero_vector_like(array_at(task.mean, (1, task.channels), np.float64), FEW)
+        return load_few(array_at(address, shape, np.float32), 0, c, count, zero)
+    return load_few(array_at(address, shape, np.float64), 0, c, count, zero)

@@ -17,18 +17,18 @@ from __future__ import annotations
 from batchnorm.kernels.compiled import rows, stripes
 from batchnorm.kernels.compiled.channel_sums import (
     ShiftedSums,
-    in_vectors,
+    add_grads,
     merged,
     set_moments,
-    sums_of_column,
+    sums_of_columns,
 )
+from batchnorm.kernels.compiled.channels import count_larger, load_few, store_few
 from batchnorm.kernels.compiled.elements import number_like
-from batchnorm.kernels.compiled.gates import is_any_larger
 from batchnorm.kernels.compiled.maps import BackwardOptions, ForwardOptions, Tensors
-from batchnorm.kernels.compiled.numba_internals import inlined, jitted
+from batchnorm.kernels.compiled.numba_internals import jitted
 from batchnorm.kernels.compiled.streaming import finish_streams, is_streamed
 from batchnorm.kernels.compiled.task import share
-from batchnorm.kernels.compiled.vectors import FEW, LANES, broadcast, load, store, zero_vector_like
+from batchnorm.kernels.compiled.vectors import FEW, LANES, zero_vector_like
 
 # The most rows that are summed in the dtype of the arithmetic; beyond them float32 would lose
 # digits. docs/decisions/0007: sums
@@ -59,21 +59,21 @@ def _collect(x, begin, partials, work, slab, lanes, vectors):
     It repeats with the means of the rows if the two are more than a standard deviation apart.
     """
     first, last = _rows_of(slab, len(partials), x)
-    partial = partials[slab]
+    partial, zero = partials[slab], zero_vector_like(partials, FEW)
     for start in range(first, last, FLOAT32_ROWS):
         stop = min(start + FLOAT32_ROWS, last)
         if start == first:
             few = min(start + PROBE_ROWS, stop)
             work[0, :] = 0
             _deviate(x, begin, start, few, work, lanes, vectors)
-            _move_centers(partial, work, few - start)
+            _move_centers(work, few - start, zero)
         else:
-            _center_on_means(partial, work)
+            _center_on_means(partial, work, zero)
         _deviate(x, begin, start, stop, work, lanes, vectors)
-        if _is_far_off(partial, work, stop - start):
-            _move_centers(partial, work, stop - start)
+        if _is_far_off(work, stop - start, zero):
+            _move_centers(work, stop - start, zero)
             _deviate(x, begin, start, stop, work, lanes, vectors)
-        _merge_rows(partial, work, stop - start, start == first)
+        _merge_rows(partial, work, stop - start, start == first, zero)
 
 
 @jitted
@@ -92,75 +92,51 @@ def _deviate(x, begin, start, stop, work, lanes, vectors):
 
 
 @jitted
-def _move_centers(partial, work, count):
+def _move_centers(work, count, zero):
     """Moves the centers to the means of ``count`` rows whose sums are known."""
-    zero, end = zero_vector_like(partial, FEW), in_vectors(0, work.shape[1])
-    for k in range(0, end, FEW):
-        _move_center(work, count, k, zero)
-    for k in range(end, work.shape[1]):
-        _move_center(work, count, k, 0.0)
-
-
-@inlined
-def _move_center(work, count, k, zero):
-    rest = load(work, 1, k, zero) / broadcast(float(count), zero)
-    store(work, 0, k, load(work, 0, k, zero) + rest)
+    width, rows = work.shape[1], float(count)
+    for k in range(0, width, FEW):
+        few = min(FEW, width - k)
+        rest = load_few(work, 1, k, few, zero) / rows
+        store_few(work, 0, k, few, load_few(work, 0, k, few, zero) + rest)
 
 
 @jitted
-def _center_on_means(partial, work):
+def _center_on_means(partial, work, zero):
     """Sets the centers to the means of the rows that have been merged."""
-    zero, end = zero_vector_like(partial, FEW), in_vectors(0, work.shape[1])
-    for k in range(0, end, FEW):
-        _center_on_mean(partial, work, k, zero)
-    for k in range(end, work.shape[1]):
-        _center_on_mean(partial, work, k, 0.0)
-
-
-@inlined
-def _center_on_mean(partial, work, k, zero):
-    sums = sums_of_column(partial, k, zero)
-    store(work, 0, k, sums.shift + sums.linear / sums.count)
+    width = work.shape[1]
+    for k in range(0, width, FEW):
+        few = min(FEW, width - k)
+        sums = sums_of_columns(partial, k, few, zero)
+        store_few(work, 0, k, few, sums.shift + sums.linear / sums.count)
 
 
 @jitted
-def _is_far_off(partial, work, count):
+def _is_far_off(work, count, zero):
     """Returns whether a mean is more than a standard deviation from its center.
 
     The squares would cancel.
     """
-    is_far, zero, end = False, zero_vector_like(partial, FEW), in_vectors(0, work.shape[1])
-    for k in range(0, end, FEW):
-        is_far |= _is_center_far_off(work, count, k, zero)
-    for k in range(end, work.shape[1]):
-        is_far |= _is_center_far_off(work, count, k, 0.0)
-    return is_far
-
-
-@inlined
-def _is_center_far_off(work, count, k, zero):
-    linear, squares = load(work, 1, k, zero) + zero, load(work, 2, k, zero) + zero
-    return is_any_larger((linear + linear) * linear, squares * broadcast(float(count), zero))
+    far, width, rows = 0, work.shape[1], float(count)
+    for k in range(0, width, FEW):
+        few = min(FEW, width - k)
+        linear, squares = load_few(work, 1, k, few, zero), load_few(work, 2, k, few, zero)
+        far += count_larger(2.0 * linear * linear, rows * squares, few)
+    return far > 0
 
 
 @jitted
-def _merge_rows(partial, work, count, is_first):
+def _merge_rows(partial, work, count, is_first, zero):
     """Merges the sums of ``count`` rows about their centers into those of the slab."""
-    zero, end = zero_vector_like(partial, FEW), in_vectors(0, work.shape[1])
-    for k in range(0, end, FEW):
-        _merge_column(partial, work, count, is_first, k, zero)
-    for k in range(end, work.shape[1]):
-        _merge_column(partial, work, count, is_first, k, 0.0)
-
-
-@inlined
-def _merge_column(partial, work, count, is_first, k, zero):
-    center, linear = load(work, 0, k, zero) + zero, load(work, 1, k, zero) + zero
-    squares = load(work, 2, k, zero) + zero
-    sums = ShiftedSums(broadcast(float(count), zero), center, linear, squares)
-    if not is_first:
-        sums = merged(sums_of_column(partial, k, zero), sums)
-    set_moments(partial, k, sums)
+    width = work.shape[1]
+    for k in range(0, width, FEW):
+        few = min(FEW, width - k)
+        center, linear = load_few(work, 0, k, few, zero), load_few(work, 1, k, few, zero)
+        squares = load_few(work, 2, k, few, zero)
+        sums = ShiftedSums(zero + float(count), center, linear, squares)
+        if not is_first:
+            sums = merged(sums_of_columns(partial, k, few, zero), sums)
+        set_moments(partial, k, few, sums)
 
 
 @jitted
@@ -302,20 +278,9 @@ def _grad_sums(task, gated, tensors, begin, partials, coefficients, work, slab, 
                 stripes.add_grads(
                     tensors, begin, coefficients, options, row, end, k, left - k, work, vectors[1]
                 )
-        _add_rows(partial, work)
+        add_grads(partial, work, 0, width, zero_vector_like(partial, FEW))
     if streamed:
         finish_streams()
-
-
-@jitted
-def _add_rows(partial, work):
-    """Adds two sums of some rows to those of the slab."""
-    zero, end = zero_vector_like(partial, FEW), in_vectors(0, work.shape[1])
-    for row in range(2):
-        for k in range(0, end, FEW):
-            store(partial, row, k, load(partial, row, k, zero) + load(work, row, k, zero))
-        for k in range(end, work.shape[1]):
-            partial[row, k] += work[row, k]
 
 
 @jitted

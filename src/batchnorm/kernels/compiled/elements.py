@@ -116,7 +116,7 @@ def narrow(value, like):
     if like.dtype == np.int16:
         with np.errstate(over="ignore"):
             return np.float16(value).view(np.int16)
-    return like.dtype.type(value)
+    return value
 
 
 @register_jitable
@@ -132,8 +132,6 @@ def _narrow(value, like):
         return lambda value, like: np.uint16(_round_to_bfloat16(_bits_of_float32(value)))
     if like.dtype == types.int16:
         return lambda value, like: _half_of_float32(value)
-    if like.dtype == types.float32:
-        return lambda value, like: np.float32(value)
     return lambda value, like: value
 
 

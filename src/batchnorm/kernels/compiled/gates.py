@@ -1,4 +1,4 @@
-"""Choices between numbers of vectors: ReLU, its mask, overlapping vectors, and comparisons.
+"""Vectors in which some numbers are replaced by zero: ReLU, its mask, and overlapping vectors.
 
 Like everything in `batchnorm.kernels.compiled.vectors`, these functions also take single numbers.
 """
@@ -151,57 +151,3 @@ def _where_positive_vectors(context, y, value, zero):
         return builder.select(builder.fcmp_ordered("<=", args[0], args[2]), args[2], args[1])
 
     return value(y, value, zero), code
-
-
-def where_zero(test, value, otherwise):
-    """Returns ``value`` where ``test`` is zero, else ``otherwise``."""
-    return np.where(test == 0, value, otherwise)[()]
-
-
-@overload(where_zero)
-def _where_zero(test, value, otherwise):
-    if isinstance(test, Vector):
-        return lambda test, value, otherwise: _where_zero_in_vectors(test, value, otherwise)
-    return lambda test, value, otherwise: value if test == 0 else otherwise
-
-
-@intrinsic
-def _where_zero_in_vectors(context, test, value, otherwise):
-    def code(context, builder, signature, args):
-        is_zero = builder.fcmp_ordered("==", args[0], ir.Constant(args[0].type, None))
-        return builder.select(is_zero, args[1], args[2])
-
-    return value(test, value, otherwise), code
-
-
-def is_any_larger(a, b):
-    """Returns whether a number of ``a`` is larger than its partner in ``b``; NaN is not."""
-    return bool(np.any(a > b))
-
-
-@overload(is_any_larger)
-def _is_any_larger(a, b):
-    if isinstance(a, Vector):
-        return lambda a, b: _are_larger(a, b) != 0
-    return lambda a, b: a > b
-
-
-def are_all_larger(a, b):
-    """Returns whether every number of ``a`` is larger than its partner in ``b``; NaN is not."""
-    return bool(np.all(a > b))
-
-
-@overload(are_all_larger)
-def _are_all_larger(a, b):
-    if isinstance(a, Vector):
-        every = (1 << a.lanes) - 1
-        return lambda a, b: _are_larger(a, b) == every
-    return lambda a, b: a > b
-
-
-@intrinsic
-def _are_larger(context, a, b):
-    def code(context, builder, signature, args):
-        return builder.bitcast(builder.fcmp_ordered(">", *args), ir.IntType(a.lanes))
-
-    return types.Integer.from_bitwidth(a.lanes, signed=False)(a, b), code

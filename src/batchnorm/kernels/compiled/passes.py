@@ -22,7 +22,6 @@ from batchnorm.kernels.compiled.coefficients import (
     OFFSET,
     ROWS,
     X_HAT_FACTOR,
-    merge_grads,
     prepare,
     spread,
     take_means,
@@ -40,6 +39,7 @@ from batchnorm.kernels.compiled.task import (
     steps_of,
     task_at,
 )
+from batchnorm.kernels.compiled.vectors import FEW, zero_vector_like
 
 
 def _arrays_of(element, number, optional_at):
@@ -110,10 +110,10 @@ def forward_of_planes(element, number, optional_at):
                 planes.collect(tensors.x, task.channels, partials, sums, first, last, of_slabs)
             if steps & MERGE:
                 samples = array_at(task.x, (task.rows, task.channels, task.length), element)
-                gather_moments(partials, first, last)
-                merge_moments(task, samples, partials[0], first, last, 0)
+                gather_moments(partials, first, last, 0.0)
+                merge_moments(task, samples, partials[0], first, last, 0, 0.0)
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, 0)
+                prepare(task, numbers, weight, bias, first, last, 0, 0.0)
             if steps & APPLY:
                 planes.normalize(task, tensors, numbers, first, last, of_pieces)
 
@@ -136,14 +136,14 @@ def backward_of_planes(element, number, optional_at):
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, 0)
+                prepare(task, numbers, weight, bias, first, last, 0, 0.0)
             if steps & COLLECT:
                 planes.grad_sums(task, tensors, partials, numbers, sums, first, last, of_slabs)
             if steps & MERGE:
-                gather_grads(partials, first, last)
-                merge_grads(task, partials[0], numbers, weight, first, last, 0)
-            if steps & TAKE_MEANS:
-                take_means(task, numbers, weight, first, last, 0)
+                gather_grads(partials, first, last, 0.0)
+            if steps & (MERGE | TAKE_MEANS):
+                merges = steps & MERGE != 0
+                take_means(task, partials[0], numbers, weight, first, last, 0, merges, 0.0)
             if steps & APPLY:
                 planes.grad_input(task, tensors, numbers, first, last, of_pieces)
 
@@ -166,6 +166,7 @@ def forward_of_columns(element, number, optional_at):
             # What a channel has one of is in the last columns of the scratch memory.
             home = origin - (width - channels)
             partials, numbers, work = scratch_of(task, width, thread)
+            zero = zero_vector_like(partials, FEW)
             slabs, own = columns.shares(task, width, thread, team)
             first, last = columns.channels_in(task, origin, own)
             spreads = first < last and width > channels
@@ -173,14 +174,14 @@ def forward_of_columns(element, number, optional_at):
                 for slab in range(slabs[0], slabs[1]):
                     columns.collect(tensors.x, begin, partials, work, slab)
             if steps & MERGE:
-                gather_moments(partials, own[0], own[1])
+                gather_moments(partials, own[0], own[1], zero)
                 if spreads:
-                    gather_columns(partials[0], channels, task.repeat)
+                    gather_columns(partials[0], channels, task.repeat, zero)
                 shape = (task.rows * task.fold, task.channels, task.repeat)
                 samples = array_at(task.x, shape, element)
-                merge_moments(task, samples, partials[0], first, last, home)
+                merge_moments(task, samples, partials[0], first, last, home, zero)
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, home)
+                prepare(task, numbers, weight, bias, first, last, home, zero)
                 if spreads:
                     spread(numbers, 0, OFFSET + 1, channels, task.repeat)
             if steps & APPLY:
@@ -206,25 +207,26 @@ def backward_of_columns(element, number, optional_at):
             # What a channel has one of is in the last columns of the scratch memory.
             home = origin - (width - channels)
             partials, numbers, work = scratch_of(task, width, thread)
+            zero = zero_vector_like(partials, FEW)
             slabs, own = columns.shares(task, width, thread, team)
             first, last = columns.channels_in(task, origin, own)
             spreads = first < last and width > channels
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, home)
+                prepare(task, numbers, weight, bias, first, last, home, zero)
                 if spreads:
                     spread(numbers, 0, OFFSET + 1, channels, task.repeat)
             if steps & COLLECT:
                 for slab in range(slabs[0], slabs[1]):
                     columns.grad_sums(task, tensors, begin, partials, numbers, work, slab)
             if steps & MERGE:
-                gather_grads(partials, own[0], own[1])
+                gather_grads(partials, own[0], own[1], zero)
                 if spreads:
                     gather_grads_of_columns(partials[0], channels, task.repeat)
-                merge_grads(task, partials[0], numbers, weight, first, last, home)
-            if steps & TAKE_MEANS:
-                take_means(task, numbers, weight, first, last, home)
-            if steps & (MERGE | TAKE_MEANS) and spreads:
-                spread(numbers, X_HAT_FACTOR, ROWS, channels, task.repeat)
+            if steps & (MERGE | TAKE_MEANS):
+                merges = steps & MERGE != 0
+                take_means(task, partials[0], numbers, weight, first, last, home, merges, zero)
+                if spreads:
+                    spread(numbers, X_HAT_FACTOR, ROWS, channels, task.repeat)
             if steps & APPLY:
                 for slab in range(slabs[1] - 1, slabs[0] - 1, -1):
                     columns.grad_input(task, tensors, begin, numbers, slab)

@@ -12,7 +12,6 @@ When Numba's JIT is disabled, a vector is a NumPy array.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 
 import numpy as np
@@ -56,8 +55,8 @@ def _repeated(vector, kind, value):
     return ir.Constant(lanes_of(vector, kind), [ir.Constant(kind, value)] * vector.lanes)
 
 
-def _place(vector, context, builder, signature, args):
-    """Pointer to the vector that begins at ``array[row, column]``."""
+def place_of_vector(vector, context, builder, signature, args):
+    """Code for a pointer to the vector that begins at ``array[row, column]``."""
     place = pointer_to_element(context, builder, signature, args)
     return builder.bitcast(place, lanes_of(vector, place.type.pointee).as_pointer())
 
@@ -85,25 +84,24 @@ def _zero_vector_like(array, lanes):
 
 def broadcast(value, zero):
     """Returns a vector like ``zero`` with ``value`` in every lane."""
-    return np.full_like(zero, value)[()]
+    return np.full_like(zero, value)
 
 
 @overload(broadcast)
 def _broadcast(value, zero):
-    if isinstance(zero, Vector):
-        return lambda value, zero: _broadcast_vector(value, zero)
-    return lambda value, zero: value
+    return lambda value, zero: _broadcast_vector(value, zero)
 
 
 @intrinsic
 def _broadcast_vector(context, value, zero):
     def code(context, builder, signature, args):
-        return _spread(builder, args[0], zero)
+        return spread_number(builder, args[0], zero)
 
     return zero(zero.number, zero), code
 
 
-def _spread(builder, number, vector):
+def spread_number(builder, number, vector):
+    """Code for a vector with ``number`` in every lane."""
     first = builder.insert_element(
         ir.Constant(lanes_of(vector, number.type), None), number, WORD(0)
     )
@@ -203,7 +201,7 @@ def _load_vector(context, array, row, column, zero):
     element = array.dtype
 
     def code(context, builder, signature, args):
-        place = _place(zero, context, builder, signature, args)
+        place = place_of_vector(zero, context, builder, signature, args)
         return _widened(builder, zero, builder.load(place, align=element.bitwidth // 8), element)
 
     return zero(array, row, column, zero), code
@@ -241,7 +239,7 @@ def _store_either_way(array, row, column, value, streamed=False):
 @intrinsic
 def _store_vector(context, array, row, column, value):
     def code(context, builder, signature, args):
-        place = _place(value, context, builder, signature, args)
+        place = place_of_vector(value, context, builder, signature, args)
         elements = _narrowed(builder, value, args[3], array.dtype)
         builder.store(elements, place, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -252,7 +250,7 @@ def _store_vector(context, array, row, column, value):
 @intrinsic
 def _stream_vector(context, array, row, column, value):
     def code(context, builder, signature, args):
-        place = _place(value, context, builder, signature, args)
+        place = place_of_vector(value, context, builder, signature, args)
         elements = _narrowed(builder, value, args[3], array.dtype)
         align = min(CACHE_LINE, value.lanes * array.dtype.bitwidth // 8)
         written = builder.store(elements, place, align=align)
@@ -273,7 +271,7 @@ def rounded(value, like):
 def _rounded(value, like):
     if not isinstance(value, Vector):
         return lambda value, like: widen(narrow(value, like))
-    if like.dtype == value.number:
+    if isinstance(like.dtype, types.Float):
         return lambda value, like: value
     return lambda value, like: _rounded_vector(value, like)
 
@@ -291,8 +289,6 @@ def _widened(builder, vector, elements, dtype):
     if dtype == types.int16:
         halves = builder.bitcast(elements, lanes_of(vector, ir.HalfType()))
         return builder.fpext(halves, lanes_of(vector, REAL[32]))
-    if dtype == types.float32 and vector.number == types.float64:
-        return builder.fpext(elements, lanes_of(vector, REAL[64]))
     if dtype != types.uint16:
         return elements
     words = builder.zext(elements, lanes_of(vector, WORD))
@@ -304,8 +300,6 @@ def _narrowed(builder, vector, value, dtype):
     if dtype == types.int16:
         halves = builder.fptrunc(value, lanes_of(vector, ir.HalfType()))
         return builder.bitcast(halves, lanes_of(vector, ir.IntType(16)))
-    if dtype == types.float32 and vector.number == types.float64:
-        return builder.fptrunc(value, lanes_of(vector, REAL[32]))
     if dtype != types.uint16:
         return value
     every = functools.partial(_repeated, vector, WORD)
@@ -339,39 +333,24 @@ def _multiply_add_vectors(context, a, b, c):
     return a(a, b, c), code
 
 
-def square_root(value):
-    """Returns the square root of each number, correctly rounded."""
-    return np.sqrt(value)
-
-
-@overload(square_root)
-def _square_root(value):
-    if isinstance(value, Vector):
-        return lambda value: _square_root_of_vector(value)
-    return lambda value: math.sqrt(value)
-
-
-@intrinsic
-def _square_root_of_vector(context, value):
-    def code(context, builder, signature, args):
-        kind = ir.FunctionType(args[0].type, [args[0].type])
-        name = f"llvm.sqrt.v{value.lanes}f{value.number.bitwidth}"
-        return builder.call(llvm_function(builder, kind, name), args)
-
-    return value(value), code
-
-
 def _overload_arithmetic(function, instruction):
+    """Computes with two vectors, or with a vector and a number for every lane."""
+
     @intrinsic
     def vectors(context, a, b):
-        def code(context, builder, signature, args):
-            return getattr(builder, instruction)(*args)
+        vector = a if isinstance(a, Vector) else b
 
-        return a(a, b), code
+        def code(context, builder, signature, args):
+            both = zip(args, (a, b), strict=True)
+            both = [x if kind == vector else spread_number(builder, x, vector) for x, kind in both]
+            return getattr(builder, instruction)(*both)
+
+        return vector(a, b), code
 
     @overload(function)
     def arithmetic(a, b):
-        if isinstance(a, Vector) and a == b:
+        kinds = [x.number if isinstance(x, Vector) else x for x in (a, b)]
+        if kinds != [a, b] and kinds[0] == kinds[1]:
             return lambda a, b: vectors(a, b)
         return None
 
