@@ -9,7 +9,7 @@ from torch import nn
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
+from everywhere import accelerate
 
 
 class Own(nn.BatchNorm1d):

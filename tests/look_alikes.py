@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm import scratch
-from torchvision_import import import_torchvision
+from real_networks import import_torchvision
 
 
 class Own(nn.Module):

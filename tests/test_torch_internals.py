@@ -21,6 +21,9 @@ NAMES = [
     "compiler.is_exporting",
     "_subclasses.fake_tensor.is_fake",
     "_is_functional_tensor",
+    "_C._get_tracing_state",
+    "_C._set_tracing_state",
+    "autograd.profiler._is_profiler_enabled",
     "_C._has_storage",
     "_C.__file__",
     "_C._functorch.is_batchedtensor",
@@ -76,6 +79,47 @@ def test_modes_and_traces_are_seen():
         lambda f: lambda x: torch.jit.trace(f, x, check_trace=False),
     )
     assert traced == {True}
+    assert not torch_internals.is_traced()
+    traced = seen_inside(
+        torch_internals.is_traced,
+        lambda f: lambda x: torch.jit.trace(f, x, check_trace=False),
+    )
+    assert traced == {True}
+
+
+def test_profilers_are_seen():
+    assert not torch_internals.is_profiled()
+    with torch.profiler.profile():
+        assert torch_internals.is_profiled()
+    with torch.autograd.profiler.profile():
+        assert torch_internals.is_profiled()
+    assert not torch_internals.is_profiled()
+
+
+def test_notes_of_an_export_are_seen_and_restored():
+    def noted():
+        return list(torch_internals._exported_modules().values())[-1]
+
+    class Layer(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            before = noted()
+            with torch_internals.exported_as(torch.nn.modules.batchnorm._BatchNorm):
+                seen.append(noted()[1])
+            with torch_internals.exported_as(torch.nn.ReLU):
+                seen.append(noted())
+            with torch_internals.exported_as(None):
+                seen.append(noted()[1].__name__)
+            assert noted() == before
+            return x + 1
+
+    seen = []
+    assert torch_internals._exported_modules() is None
+    torch.export.export(torch.nn.Sequential(Layer(3)), (torch.ones(2, 3, 4, 4),))
+    as_layer, (path, as_part), caller = seen[:3]
+    assert (as_layer, as_part, caller) == (torch.nn.BatchNorm2d, torch.nn.ReLU, "Sequential")
+    assert path.endswith("0.relu")
+    with torch_internals.exported_as(torch.nn.ReLU):
+        assert torch_internals._exported_modules() is None
 
 
 def test_hooks_on_saved_tensors_are_seen():
@@ -184,6 +228,17 @@ def test_hooks_of_a_module_are_seen():
         assert torch_internals.has_hooks(layer), register
         torch_internals.clear_hooks(layer)
         assert not torch_internals.has_hooks(layer)
+
+
+def test_hooks_on_outputs_are_told_from_those_on_inputs():
+    layer = torch.nn.BatchNorm1d(3)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert not torch_internals.has_output_hooks(layer)
+    for kind in ("forward_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(layer, f"register_{kind}")(lambda *_: None)
+        assert torch_internals.has_output_hooks(layer), kind
+        handle.remove()
+        assert not torch_internals.has_output_hooks(layer)
 
 
 def test_refused_writes_are_told_apart():

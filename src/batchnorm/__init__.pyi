@@ -12,6 +12,7 @@ from .nn.layers import LazyBatchNorm3d as LazyBatchNorm3d
 from .nn.route import which_backend as which_backend
 from .tools.acceleration import accelerate as accelerate
 from .tools.acceleration import restore as restore
+from .tools.acceleration import to_torch as to_torch
 from .tools.averaging import ema_update as ema_update
 from .tools.averaging import keep_statistics_in_float32 as keep_statistics_in_float32
 from .tools.averaging import merge_state_dicts as merge_state_dicts

@@ -10,13 +10,17 @@ hooks of modules and the engine's callback have no such replacement; tools need 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, Variable, forward_ad
+from torch.autograd import Function, Variable, forward_ad, profiler
 from torch.nn.modules import module as torch_module
 
 
@@ -47,9 +51,21 @@ _top_hooks: Callable[[bool], object] = _private(
     lambda _: True,
     "running statistics are updated outside of the kernels, which is slower",
 )
+# What ``torch.jit.trace`` records into; None if it does not run.
+tracing_state: Callable[[], object] = _private(
+    "_C._get_tracing_state",
+    lambda: torch.jit.is_tracing() or None,
+    "layers ask torch.jit.is_tracing, which is slower",
+)
+_set_tracing_state: Callable[[object], None] = _private(
+    "_C._set_tracing_state", lambda _: None, "torch.jit.trace warns of checks that it records"
+)
 _graph_task: Callable[[], int] = _private(
     "_C._current_graph_task_id", lambda: -1, "recomputed forward passes count as new batches"
 )
+_profiler: Any = profiler
+if _private("autograd.profiler._is_profiler_enabled", None, "profilers show no layers") is None:
+    _profiler = SimpleNamespace(_is_profiler_enabled=False)
 
 _is_mapped: Callable[[Tensor], bool] = _private(
     "_C._functorch.is_batchedtensor", lambda _: False, "forward mode through vmap fails in training"
@@ -112,14 +128,40 @@ def is_func_transformed() -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Tells if a tensor has a forward-mode tangent, also if ``vmap`` maps over it."""
+    return forward_ad.unpack_dual(without_vmap(tensor)).tangent is not None
+
+
+def without_vmap(tensor: Tensor) -> Tensor:
+    """The tensor that ``vmap`` maps over, with the mapped dimensions; others come back as is."""
     while _unmapped is not None and _is_mapped(tensor):
         tensor = _unmapped(tensor)
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return tensor
 
 
 def is_recorded() -> bool:
     """Tells if a ``TorchDispatchMode`` (as for fake tensors) or ``torch.jit.trace`` is active."""
-    return _mode_depth() > 0 or torch.jit.is_tracing()
+    return _mode_depth() > 0 or tracing_state() is not None
+
+
+def is_traced() -> bool:
+    """Tells if ``torch.jit.trace`` records."""
+    return tracing_state() is not None
+
+
+@contextmanager
+def trace_paused() -> Iterator[None]:
+    """Lets ``torch.jit.trace`` record nothing in the block: looks at shapes are no part of it."""
+    state = tracing_state()
+    _set_tracing_state(None)
+    try:
+        yield
+    finally:
+        _set_tracing_state(state)
+
+
+def is_profiled() -> bool:
+    """Tells if a profiler of torch runs, in this thread or another."""
+    return _profiler._is_profiler_enabled
 
 
 def has_saved_tensor_hooks() -> bool:
@@ -158,7 +200,12 @@ def when_backward_pass_ends(callback: Callable[[], None]) -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Tells if somebody listens to the calls of this module, or to its gradients."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return has_output_hooks(module) or bool(module._forward_pre_hooks)
+
+
+def has_output_hooks(module: nn.Module) -> bool:
+    """Tells if somebody listens to the outputs of this module, or to their gradients."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def clear_hooks(module: nn.Module) -> None:
@@ -175,10 +222,58 @@ def global_hooks() -> list[Callable[..., Any]]:
 
 
 def is_write_into_captured(error: RuntimeError) -> bool:
-    """Tells if torch refused to write into a tensor that ``torch.func.grad`` captured."""
-    return "mutate a captured Tensor" in str(error)
+    """Tells if torch refused to write into a tensor that a transform captured.
+
+    ``torch.func.grad`` does, and ``torch.func.functionalize``.
+    """
+    words = ("mutate a captured Tensor", "mutating a non-functional tensor")
+    return any(word in str(error) for word in words)
 
 
 def is_write_under_vmap(error: RuntimeError) -> bool:
     """Tells if torch refused to write mapped values into a tensor that is not mapped."""
     return any(words in str(error) for words in ("vmap", "Batching rule", "were not batched"))
+
+
+@contextmanager
+def exported_as(module_class: type[nn.Module] | None) -> Iterator[None]:
+    """Notes what an export records in the block as the work of a module of ``torch.nn``.
+
+    Quantizers look for its classes in these notes, by name. Nothing changes outside of an export,
+    and where no batch norm layer is exported.
+
+    Args:
+        module_class: ``_BatchNorm`` for torch's class of the layer; another class for a part of
+            the layer; None for the module that calls the layer.
+    """
+    stack = None if torch.compiler.is_dynamo_compiling() else _exported_modules()
+    path, layer_class = next(reversed(stack.values())) if stack else ("", nn.Module)
+    bases = [base for base in layer_class.__mro__ if base.__module__ == nn.BatchNorm1d.__module__]
+    if not stack or not bases:
+        yield
+        return
+    before, (key, _) = dict(stack), stack.popitem()
+    if module_class is nn.modules.batchnorm._BatchNorm:
+        stack[key] = (path, bases[0])
+    elif module_class is not None:
+        stack[key] = (f"{path}.{module_class.__name__.lower()}", module_class)
+    try:
+        yield
+    finally:
+        stack.clear()
+        stack.update(before)
+
+
+def _exported_modules() -> OrderedDict[str, tuple[str, type[nn.Module]]] | None:
+    """Path and class of the modules whose call an export records now, the innermost last."""
+    return getattr(getattr(_proxy_mode(), "tracer", None), "module_stack", None)
+
+
+def is_made_fx() -> bool:
+    """Tells if ``make_fx``, which others use to capture programs, records."""
+    return _proxy_mode() is not None
+
+
+def _proxy_mode() -> Any:
+    proxy_tensor: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return getattr(proxy_tensor, "get_proxy_mode", lambda: None)()

@@ -11,6 +11,7 @@ import time
 import pytest
 from rich.cells import cell_len
 
+import cpu_time
 from batchnorm import __version__, cli
 from batchnorm.cli.options import announce_compilation
 from batchnorm.cli.progress import Bar
@@ -67,6 +68,14 @@ def test_help_is_fast_and_loads_no_torch(monkeypatch):
     assert "explain" in done.stdout
     assert max(map(cell_len, done.stdout.splitlines())) <= 80
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("libraries", "budget"), [(0.05, 0.3), (0.15, 0.39), (0.2, 0.45), (5.0, 0.45)]
+)
+def test_the_budget_of_help_has_an_end(monkeypatch, libraries, budget):
+    monkeypatch.setattr(cpu_time, "least_cpu_seconds", lambda run: libraries)
+    assert budget_of_help() == pytest.approx(budget)
 
 
 def test_version(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -24,8 +25,8 @@ from batchnorm.tools.freezing import is_frozen, unfreeze
 from batchnorm.tools.recalibration import recalibrate
 from cpu_time import budget_of_help, least_cpu_seconds
 from look_alikes import D2l
+from real_networks import import_torchvision
 from recalibration_cases import normal
-from torchvision_import import import_torchvision
 
 # typer demands the annotation typer.Context and hands over an object of another class.
 pytestmark = pytest.mark.untyped
@@ -633,3 +634,138 @@ def test_a_layer_whose_statistics_are_in_no_checkpoint(folder, capsys):
         said = "layer '1' (D2l) keeps moving_mean as an ordinary attribute, which is not in a check"
         assert said in err
     assert not (folder / "new.pt").exists()
+
+
+COUNTING = """
+import torch
+from torch import nn
+from look_alikes import D2l, Own
+
+def many(): return [torch.randn(8, 3) for _ in range(300)]
+def data(): return many()[:9]
+
+class Counting(Own):
+    def __init__(self, shape):
+        super().__init__(4)
+        self.register_buffer("num_batches_tracked", torch.zeros(shape, dtype=torch.long))
+
+def net(layer): return nn.Sequential(nn.Linear(3, 4), layer, nn.BatchNorm1d(4))
+def torchs(): return net(nn.BatchNorm1d(4))
+def one(): return net(Counting((1,)))
+def three(): return net(Counting((3,)))
+def averaged(): return torch.optim.swa_utils.AveragedModel(one())
+
+def in_evaluation(layer):
+    model = net(layer)
+    model[1].eval()
+    return model
+
+class ByBatch(Own):
+    def forward(self, x):
+        self.train()
+        return super().forward(x)
+
+class Failing(Own):
+    def forward(self, x, mask=None):
+        if x.dim() != 2 or len(x) < 7:
+            raise ValueError("too few")
+        return super().forward(x)
+
+def d2l(): return in_evaluation(D2l(4, 2))
+def by_batch(): return in_evaluation(ByBatch(4))
+def failing(): return in_evaluation(Failing(4))
+def own(): return in_evaluation(Own(4))
+def two():
+    model = d2l()
+    model[2].eval()
+    return model.append(nn.BatchNorm1d(4))
+"""
+
+
+@pytest.fixture
+def counting(folder):
+    (folder / "counting.py").write_text(COUNTING)
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("counting")
+    sys.modules.pop("counting", None)
+
+
+def recalibrated(capsys, state, model, *options, data="data"):
+    torch.save(state, "old.pt")
+    arguments = ["old.pt", "--out", "new.pt", *options]
+    code, out, err = run(capsys, *arguments, model=f"counting:{model}", data=f"counting:{data}")
+    assert code == 0, err
+    return torch.load("new.pt", weights_only=True), out, err
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.bool, torch.int16, torch.float16, torch.int64]
+)
+def test_a_counter_does_not_wrap_around(counting, capsys, dtype):
+    state = counting.torchs().state_dict()
+    state["1.num_batches_tracked"] = state["1.num_batches_tracked"].to(dtype)
+    new, _, _ = recalibrated(capsys, state, "torchs", data="many")
+    counters = [new["1.num_batches_tracked"], new["2.num_batches_tracked"]]
+    assert [(each.item(), each.dtype) for each in counters] == [(300, torch.int64)] * 2
+
+
+@pytest.mark.parametrize("model", ["one", "three", "averaged"])
+def test_counters_have_the_shape_that_the_model_gives_them(counting, capsys, model):
+    network = getattr(counting, model)()
+    new, _, _ = recalibrated(capsys, network.state_dict(), model)
+    network.load_state_dict(new)
+    counters = [value for name, value in new.items() if name.endswith("1.num_batches_tracked")]
+    assert [each.tolist() for each in counters] == [[9] * (3 if model == "three" else 1)]
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_counter_of_one_number_fits_one_number(counting, capsys, shape):
+    state = counting.one().state_dict()
+    state["1.num_batches_tracked"] = torch.full(shape, 7.0)
+    new, _, _ = recalibrated(capsys, state, "one")
+    assert new["1.num_batches_tracked"].tolist() == [9]
+
+
+@pytest.mark.parametrize("model", ["d2l", "by_batch", "failing", "own"])
+def test_a_layer_in_evaluation_stays_whatever_its_code_does(counting, capsys, model):
+    state = getattr(counting, model)().state_dict()
+    new, out, _ = recalibrated(capsys, state, model, "--sequential")
+    assert "Left alone: 1: it is frozen." in out
+    changed = {name for name, value in state.items() if not torch.equal(new[name], value)}
+    assert changed == {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+
+
+def test_several_layers_in_evaluation_stay(counting, capsys):
+    _, out, _ = recalibrated(capsys, counting.two().state_dict(), "two")
+    assert "Recalibrated 1 layer" in out
+    assert "Left alone: 1: it is frozen.\nLeft alone: 2: it is frozen.\n" in out
+
+
+@pytest.mark.parametrize(
+    ("written", "prefix", "found"),
+    [
+        ("model.", "model", "model."),
+        ("net.module.", "net.module.", "net."),
+        ("net.module.", "net.module", "net."),
+        ("net.module.", "net", "net."),
+        ("module.student._orig_mod.", "module.student._orig_mod", "student."),
+        ("module.student.", "module.student.", "student."),
+        ("a.b.", "a.b", "a.b."),
+    ],
+)
+def test_a_prefix_may_be_written_in_several_ways(counting, capsys, written, prefix, found):
+    state = {written + name: value for name, value in counting.torchs().state_dict().items()}
+    state["other.model.weight"] = torch.ones(2)
+    new, _, err = recalibrated(capsys, state, "torchs", "--prefix", prefix)
+    assert f"Names in old.pt are read without {found!r}; 1 other entries stay" in err
+    assert not torch.equal(new[f"{written}1.running_mean"], torch.zeros(4))
+
+
+@pytest.mark.parametrize("prefix", ["mod", "model.0.weight", "odel.", "model.x", "nobody.module."])
+def test_a_prefix_ends_at_a_dot(counting, capsys, prefix):
+    state = {f"model.{name}": value for name, value in counting.torchs().state_dict().items()}
+    torch.save(state, "old.pt")
+    options = ["old.pt", "--dry-run", "--prefix", prefix]
+    code, _, err = run(capsys, *options, model="counting:torchs", data="counting:data")
+    assert code == 2
+    assert f"old.pt holds no name that begins with {prefix!r}." in err

@@ -287,11 +287,15 @@ def test_an_ensemble_of_layers_trains_inside_of_grad():
     for layer_class in (batchnorm.BatchNorm1d, torch.nn.BatchNorm1d):
         layers = [layer_class(3).double() for _ in range(4)]
         parameters, buffers = torch.func.stack_module_state(layers)
-        counter = buffers.pop("num_batches_tracked")
+        if layer_class is torch.nn.BatchNorm1d:  # Torch's layer cannot count here.
+            counter = buffers.pop("num_batches_tracked")[0]
+            buffers["num_batches_tracked"] = counter.new_ones(4)
 
-        def loss(parameters, base=layers[0], buffers=buffers, counter=counter):
+        def loss(parameters, base=layers[0], buffers=buffers, is_ours=not found):
             def one(parameters, buffers, x):
-                state = {**parameters, **buffers, "num_batches_tracked": counter[0].clone()}
+                state = {**parameters, **buffers}
+                if not is_ours:
+                    state["num_batches_tracked"] = torch.zeros(())
                 return functional_call(base, state, (x,)).pow(3).sum()
 
             return vmap(one)(parameters, buffers, normal(4, 6, 3)).sum()
@@ -299,6 +303,21 @@ def test_an_ensemble_of_layers_trains_inside_of_grad():
         values = {name: value.detach() for name, value in parameters.items()}
         found.append((grad(loss)(values), buffers))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("mapped", ["mean", "var"])
+def test_both_statistics_move_or_neither(mapped):
+    mean, var = (value.expand(5, 3).clone() for value in statistics(3))
+    fixed = var[0] if mapped == "mean" else mean[0]
+    before = mean.clone(), var.clone()
+
+    def train(x, vector):
+        pair = (vector, fixed) if mapped == "mean" else (fixed, vector)
+        return batch_norm(x, *pair, training=True)
+
+    with pytest.raises(RuntimeError, match=re.escape("batch_norm under vmap: the input is mapped")):
+        vmap(train)(normal(5, 4, 3), mean if mapped == "mean" else var)
+    torch.testing.assert_close((mean, var), before, rtol=0, atol=0)
 
 
 def test_what_is_not_mapped_is_still_refused():

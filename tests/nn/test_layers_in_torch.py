@@ -98,6 +98,20 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
 
 @pytest.mark.untyped
 @pytest.mark.usefixtures("fresh_compiler")
+@compiles
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_with_the_input_as_the_residual(training):
+    layer = batchnorm.BatchNorm2d(3, activation="relu").train(training)
+    compiled = torch.compile(lambda x: layer(x, x), fullgraph=True, backend="aot_eager")
+    x, y = (torch.ones(2, 3, 4, 4).uniform_(-1).requires_grad_() for _ in range(2))
+    y.data.copy_(x.data)
+    compiled(x).square().sum().backward()
+    layer(y, y).square().sum().backward()
+    assert_close(x.grad, y.grad)
+
+
+@pytest.mark.untyped
+@pytest.mark.usefixtures("fresh_compiler")
 @each_momentum
 def test_export_in_training_moves_the_statistics(momentum):
     eager = network(momentum=momentum).train()
@@ -176,6 +190,34 @@ def test_functional_call_changes_only_the_state_it_is_given():
     assert given["1.num_batches_tracked"] == 1
 
 
+@each_momentum
+@each_mode
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_functionalize(momentum, training, activation):
+    plain = network(momentum=momentum, activation=activation).train(training)
+    model = copy.deepcopy(plain)
+
+    for seed in range(3):
+        x = images(seed)
+        assert_close(torch.func.functionalize(model)(x), plain(x))
+        assert_close(state(model), state(plain))
+
+
+def test_functionalize_around_other_transforms():
+    plain = network(track_running_stats=True)
+    model = copy.deepcopy(plain)
+    x = images()
+
+    def loss(module):
+        return lambda x: module(x).square().sum()
+
+    got = torch.func.functionalize(torch.func.grad(loss(model)))(x)
+    assert_close(got, torch.func.grad(loss(plain))(x))
+    assert_close(state(model), state(plain))
+    mapped = torch.func.functionalize(torch.func.vmap(model.eval()))(x[None])
+    assert_close(mapped[0], plain.eval()(x))
+
+
 def test_averaged_model_and_update_bn():
     ours, torchs = network(), network(nn.BatchNorm2d)
     averaged, expected = swa_utils.AveragedModel(ours), swa_utils.AveragedModel(torchs)
@@ -202,11 +244,12 @@ def test_fuse_conv_bn_eval():
 
 
 def test_convert_sync_batchnorm_takes_the_state_and_loses_the_activation():
-    """Torch builds its own layer, which knows nothing of an activation."""
+    """Torch builds its own layer, which knows nothing of an activation; but not in silence."""
     model = network(momentum=0.3, activation="relu")
     before = state(model)
 
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.warns(UserWarning, match="reads eps of a BatchNorm2d with activation='relu'"):
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     assert type(converted[1]) is nn.SyncBatchNorm
     assert converted[1].momentum == 0.3

@@ -49,18 +49,20 @@ def test_what_torch_has_to_see_goes_through_the_operator(x):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
-def test_modes_and_tracers_get_the_operator():
+def test_modes_get_the_operator_and_traces_get_aten():
     seen = []
 
-    def look(x):
-        seen.append(choose(x))
+    def look(x, backend=None):
+        seen.append(choose(x, backend=backend))
         return x + 0
 
     with FakeTensorMode() as mode:
         look(mode.from_tensor(ordinary()))
+    assert seen == [Route.OPERATOR]
     torch.jit.trace(look, ordinary(), check_trace=False)
-    assert set(seen) == {Route.OPERATOR}
-    assert len(seen) >= 2
+    assert set(seen[1:]) == {Route.ATEN}
+    torch.jit.trace(lambda x: look(x, "reference"), ordinary(), check_trace=False)
+    assert seen[-1] is Route.OPERATOR
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_which_backend_in_a_captured_program(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     x = ordinary()
     assert which_backend(x, training=False) == (
-        "torch's own operations compute this input, because it is compiled or exported."
+        "torch's own operations compute this input, because it is compiled, exported or traced."
     )
     assert which_backend(x, training=True).endswith("the operator torch.ops.batchnorm.forward.")
 

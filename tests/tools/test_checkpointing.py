@@ -14,9 +14,9 @@ from torch.utils import checkpoint as torchs
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.checkpointing import checkpoint, count_recomputation_once
 from batchnorm.tools.patching.recomputation import is_recomputing, updates_suppressed
+from everywhere import accelerate
 from layer_kinds import KINDS, Stop, built, everything, layers_of, statistics
 from model_cases import EXACT, images, varied
 

@@ -16,8 +16,9 @@ from torch.testing import assert_close
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate, restore
+from batchnorm.tools.acceleration import restore
 from batchnorm.tools.freezing import Freezing, freeze, is_frozen, unfreeze
+from everywhere import accelerate
 from layer_kinds import KINDS, built, everything, layers_of, statistics
 from model_cases import EXACT, assert_same_function, images, relus_and_additions, varied
 

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+import re
 import threading
 
 import pytest
@@ -551,3 +552,22 @@ def test_wrong_arguments_of_repair():
         ValueError, match=r"reset_poisoned_statistics: layer '' \(LazyBatchNorm1d\) is lazy"
     ):
         reset_poisoned_statistics(nn.LazyBatchNorm1d())
+
+
+@pytest.mark.parametrize(
+    ("mean", "var"), [((3, 2), (3,)), ((3,), (2,)), ((1, 3), (3,)), ((3,), ()), ((2, 2), (4,))]
+)
+@pytest.mark.parametrize("names", [("running_mean", "running_var"), ("moving_mean", "moving_var")])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_statistics_of_unequal_shapes_are_refused(mean, var, names, dry_run):
+    state = dict(zip(names, (torch.zeros(mean), torch.ones(var)), strict=True))
+    state = {f"a.{name}": tensor for name, tensor in state.items()}
+    state["0.running_mean"] = torch.full((2,), torch.nan)
+    described = f"{names[0]} of shape {mean} and {names[1]} of shape {var}"
+    message = (
+        "reset_poisoned_statistics: the statistics of a layer must have one shape, and layer 'a' "
+        f"has {described}; take it out of the mapping."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        reset_poisoned_statistics(state, dry_run=dry_run)
+    assert state["0.running_mean"].isnan().all()

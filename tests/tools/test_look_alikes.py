@@ -63,7 +63,8 @@ def test_the_class_of_the_book_cannot_be_frozen_and_is_named():
         result = freeze(model)
     assert result.left == {"1": reason}
     assert str(result) == (
-        f"Nothing was frozen: there is no batch norm layer that can be.\nLeft alone: 1: {reason}."
+        "Nothing was frozen: no batch norm layer is selected that can be.\n"
+        f"Left alone: 1: {reason}."
     )
     assert not is_frozen(model)
     with pytest.raises(
@@ -372,10 +373,46 @@ def test_results_say_it_too():
     model = WITHOUT["no layers"]()
     texts = [str(TOOLS[tool](model)) for tool in ("freeze", "guard", "recalibrate")]
     assert texts == [
-        "Nothing was frozen: there is no batch norm layer that can be.",
-        "Nothing is guarded: there is no batch norm layer with running statistics.",
+        "Nothing was frozen: no batch norm layer is selected that can be.",
+        "Nothing is guarded: no batch norm layer with running statistics is selected.",
         "Nothing was recalibrated.",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*layers fits none:RuntimeWarning")
+@pytest.mark.parametrize("layers", [[], lambda name, layer: False, lambda name, layer: name == "2"])
+def test_a_selection_of_none_is_not_said_to_be_a_model_of_none(layers):
+    model = nn.Sequential(nn.BatchNorm1d(4), Own(4))
+    assert str(freeze(model, layers)) == (
+        "Nothing was frozen: no batch norm layer is selected that can be."
+    )
+    assert str(guard(model, layers)) == (
+        "Nothing is guarded: no batch norm layer with running statistics is selected."
+    )
+
+
+@pytest.mark.parametrize("kind", ["instance", "torchvision frozen"])
+def test_layers_that_cannot_be_recalibrated_are_said_once(kind):
+    model, batches = net(kind)
+    with pytest.warns(RuntimeWarning) as caught:
+        result = recalibrate(model, batches)
+    (warning,) = caught
+    assert str(warning.message).startswith("recalibrate: passed over layer '1' (")
+    assert list(result.left) == ["1"]
+
+
+def test_what_is_passed_over_and_what_is_left_alone_are_both_said():
+    model, batches = net("instance")
+    model.append(nn.BatchNorm2d(4).eval())
+    with pytest.warns(RuntimeWarning) as caught:
+        result = recalibrate(model, batches)
+    assert [str(warning.message).partition(";")[0] for warning in caught] == [
+        "recalibrate: passed over layer '1' (InstanceNorm2d), because its forward does not "
+        "normalize by the batch in training.",
+        "recalibrate: nothing was recalibrated",
+    ]
+    assert "layer '2': it is frozen" in str(caught[1].message)
+    assert result.left.keys() == {"1", "2"}
 
 
 def test_a_batch_norm_that_no_batch_reaches_is_said():

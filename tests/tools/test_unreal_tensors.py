@@ -13,9 +13,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import batchnorm
 from batchnorm import (
     count_recomputation_once,
+    ema_update,
     freeze,
     guard,
     keep_statistics_in_float32,
+    merge_state_dicts,
     no_stats_update,
     recalibrate,
     reset_poisoned_statistics,
@@ -170,3 +172,58 @@ def test_recalibration_takes_no_fake_batches():
         with pytest.raises(ValueError, match=message):
             recalibrate(model, [images(), batch])
         assert torch.equal(model[1].running_mean, before)
+
+
+def fake():
+    with FakeTensorMode():
+        return nn.BatchNorm2d(4)
+
+
+def meta():
+    return nn.BatchNorm2d(4).to("meta")
+
+
+def fake_statistics():
+    layer = nn.BatchNorm2d(4)
+    layer.running_mean = fake().running_mean
+    return layer
+
+
+UNREAL = {
+    "fake": (fake, "weight"),
+    "meta": (meta, "weight"),
+    "fake statistics": (fake_statistics, "running_mean"),
+}
+
+
+@pytest.mark.parametrize("policy", ["copy", "average", "merge"])
+@pytest.mark.parametrize("place", ["target", "model"])
+@pytest.mark.parametrize("kind", UNREAL)
+def test_averages_of_models_without_values_are_refused(kind, place, policy):
+    models = {"target": nn.BatchNorm2d(4), "model": nn.BatchNorm2d(4)}
+    make, name = UNREAL[kind]
+    models[place] = make()
+    (other,) = models.keys() - {place}
+    nn.init.constant_(models[other].weight, 3.0)
+    where = "on the meta device" if kind == "meta" else "fake"
+    message = f"ema_update: {name} is {where} in the {place} and has no values; load them first"
+    with pytest.raises(ValueError, match=message):
+        ema_update(models["target"], models["model"], 0.5, policy)
+    assert models[other].weight.tolist() == [3] * 4
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", UNREAL)
+def test_checkpoints_without_values_are_not_merged(kind, place):
+    make, name = UNREAL[kind]
+    states = [nn.BatchNorm2d(4).state_dict(), nn.BatchNorm2d(4).state_dict()]
+    states[place] = make().state_dict()
+    message = f"{name} is on the meta device or fake in checkpoint {place} and has no values; load"
+    with pytest.raises(ValueError, match=message):
+        merge_state_dicts(states, [8, 8])
+
+
+def test_a_fake_counter_is_refused():
+    states = [{"num_batches_tracked": fake().num_batches_tracked}]
+    with pytest.raises(ValueError, match="num_batches_tracked in checkpoint 0 is fake and has no"):
+        merge_state_dicts(states, [8])

@@ -214,3 +214,74 @@ def test_a_missing_counter_is_named():
         merge_state_dicts(states, [8, 8])
     with pytest.raises(ValueError, match="num_batches_tracked is missing in base"):
         merge_state_dicts(states[:1], [8], base=states[1])
+
+
+class OwnCounter(nn.Module):
+    """Counts in a buffer of its own, of any shape."""
+
+    def __init__(self, shape, **buffers):
+        super().__init__()
+        self.register_buffer("num_batches_tracked", torch.full(shape, 4))
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("wrapper", [lambda m: m, AveragedModel, nn.DataParallel, compiled])
+def test_counters_keep_the_shape_that_all_have(wrapper, shape):
+    model = wrapper(OwnCounter(shape, table=torch.tensor([3])))
+    merged = merge_state_dicts(
+        [model.state_dict(), OwnCounter(shape, table=torch.tensor([3])).state_dict()], [8, 8]
+    )
+    assert merged.keys() == model.state_dict().keys()
+    model.load_state_dict(merged)
+    (counter,) = (value for name, value in merged.items() if name.endswith("tracked"))
+    assert (counter.tolist(), counter.shape) == (torch.full(shape, 8).tolist(), shape)
+
+
+def test_torch_loads_counters_of_shape_1():
+    merged = merge_state_dicts([counting(torch.tensor([3])), counting(torch.tensor([4]))], [8, 8])
+    layer = nn.BatchNorm1d(2)
+    layer.load_state_dict(merged)
+    assert layer.num_batches_tracked.tolist() == 7
+
+
+def averaging(n_averaged):
+    return {**AveragedModel(nn.BatchNorm1d(2)).state_dict(), "n_averaged": n_averaged}
+
+
+@pytest.mark.parametrize("name", GOOD.keys() - {"true"})
+@pytest.mark.parametrize("place", [0, 1])
+def test_numbers_of_averaged_models_are_taken_as_the_number_they_are(name, place):
+    states = [averaging(torch.tensor(3)), averaging(torch.tensor(3))]
+    states[place] = averaging(GOOD[name][0])
+    merged = merge_state_dicts(states, [8, 8])
+    averaged = AveragedModel(nn.BatchNorm1d(2))
+    averaged.load_state_dict(merged)
+    assert averaged.n_averaged.tolist() == 3
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("place", [0, 1])
+def test_numbers_of_averaged_models_that_are_none_are_refused(name, place):
+    states = [averaging(torch.tensor(3)), averaging(torch.tensor(3))]
+    states[place] = averaging(BAD[name][0])
+    message = f"merge_state_dicts: n_averaged in checkpoint {place} {BAD[name][1]}"
+    with pytest.raises(ValueError, match=message):
+        merge_state_dicts(states, [8, 8])
+
+
+def test_averaged_models_of_different_numbers_are_refused():
+    message = (
+        "n_averaged must be the same in all, and it is 3 in checkpoint 0 and 4 in checkpoint 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        merge_state_dicts([averaging(torch.tensor(3)), averaging(torch.tensor(4))], [8, 8])
+
+
+def test_a_buffer_of_the_models_own_called_n_averaged_is_any_buffer():
+    states = [OwnCounter((), n_averaged=torch.tensor([value])).state_dict() for value in (0.5, 1.5)]
+    assert merge_state_dicts(states, [8, 8])["n_averaged"].tolist() == [1]
+    del states[1]["n_averaged"]
+    with pytest.raises(ValueError, match="n_averaged is missing in checkpoint 1"):
+        merge_state_dicts(states, [8, 8])

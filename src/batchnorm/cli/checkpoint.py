@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.files import whole_file
-from batchnorm.tools.patching import COUNTER, by_unwrapped_name, count_in, statistics_of
+from batchnorm.tools.patching import (
+    by_unwrapped_name,
+    count_in,
+    is_counter,
+    statistics_of,
+    without_wrappers,
+)
 
 TORCH = (".pt", ".pth", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -53,10 +59,8 @@ class Checkpoint:
         """
         keys = by_unwrapped_name(self.state)
         if prefix is not None:
-            if not any(key.startswith(prefix) for key in keys):
-                raise CheckpointError(f"{self.path} holds no name that begins with {prefix!r}.")
-            return replace(self, prefix=prefix)
-        names = [n for n in by_unwrapped_name(model.state_dict()) if not _is_counter(n)]
+            return replace(self, prefix=self._written_prefix(prefix, keys))
+        names = [n for n in by_unwrapped_name(model.state_dict()) if not is_counter(n)]
         found = [""]
         if names and not all(name in keys for name in names):
             starts = [key.removesuffix(names[0]) for key in keys if key.endswith(f".{names[0]}")]
@@ -66,15 +70,23 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds the model several times; choose by {choice}.")
         return replace(self, prefix=found[0] if found else "")
 
+    def _written_prefix(self, prefix: str, keys: Iterable[str]) -> str:
+        """The prefix as the names have it, with a dot at its end and maybe without wrappers."""
+        for start in (prefix.rstrip("."), without_wrappers(prefix.rstrip("."))):
+            found = f"{start}." if start else ""
+            if any(key.startswith(found) for key in keys):
+                return found
+        raise CheckpointError(f"{self.path} holds no name that begins with {prefix!r}.")
+
     def load_into(self, model: nn.Module) -> None:
         """Loads the checkpoint into the model; counters may be missing, as in old files.
 
         Raises:
             CheckpointError: The checkpoint does not fit the model.
         """
+        own = model.state_dict()
         state = {
-            name: self._counter(key) if _is_counter(key) else self.state[key]
-            for key, name in self.names_in(model).items()
+            name: self._entry(key, own.get(name)) for key, name in self.names_in(model).items()
         }
         try:
             missing, unexpected = model.load_state_dict(state, strict=False)
@@ -108,6 +120,8 @@ class Checkpoint:
     def take_statistics(self, model: nn.Module, layers: Iterable[str]) -> None:
         """Copies the statistics of some layers from the model; everything else stays as it is.
 
+        Counters get the model's dtype, because a smaller one in the file might not hold them.
+
         Args:
             model: A model that the checkpoint fits.
             layers: Names of the layers. Buffers that they share under other names are copied too.
@@ -121,7 +135,8 @@ class Checkpoint:
         for key, old in self.state.items():
             tensor = current.get(names.get(key, ""))
             if id(tensor) in new and tensor is not None:
-                value = tensor.detach().to(old.dtype, copy=True)
+                dtype = old.dtype if tensor.is_floating_point() else tensor.dtype
+                value = tensor.detach().to(dtype, copy=True)
                 if not value.isfinite().all():
                     raise CheckpointError(
                         f"{self.path}: the new {key} is too large for {old.dtype}."
@@ -137,9 +152,13 @@ class Checkpoint:
             if name.startswith(prefix)
         }
 
-    def _counter(self, key: str) -> Tensor:
+    def _entry(self, key: str, own: Any) -> Any:
+        """An entry of the file; a counter in the shape that it has in the model."""
+        entry = self.state[key]
+        if not (is_counter(key) and isinstance(own, Tensor) and own.numel() == 1):
+            return entry
         try:
-            return torch.tensor(count_in(self.state[key]))
+            return torch.tensor(count_in(entry)).view(own.shape)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {key} {error}.") from None
 
@@ -227,7 +246,3 @@ def _safetensors() -> Any:
 def _is_entry(item: tuple[Any, Any]) -> bool:
     key, value = item
     return isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
-
-
-def _is_counter(key: str) -> bool:
-    return key.rpartition(".")[2] == COUNTER

@@ -133,22 +133,40 @@ def _network(spec: str) -> nn.Module:
     from torch import nn
 
     from batchnorm.cli import user_code
-    from batchnorm.tools.freezing import freeze
-    from batchnorm.tools.patching import has_frozen_mark, has_running_statistics, is_batch_norm
-
-    def is_in_evaluation(_: str, layer: nn.Module) -> bool:
-        return not layer.training and has_running_statistics(layer) and not has_frozen_mark(layer)
 
     network = user_code.returned("--model", spec)
     if not isinstance(network, nn.Module):
         raise TyperException(
             f"--model {spec} must return a torch.nn.Module, got a {type(network).__name__}"
         )
-    frozen = [m for m in network.modules() if is_batch_norm(m) and is_in_evaluation("", m)]
-    if network.training and frozen:
-        with one_sentence():
-            freeze(network, is_in_evaluation, affine=False)  # Survives the eval() of everything.
+    if network.training:
+        _freeze_in_evaluation(network)  # Survives the eval() of everything.
     return network.eval()
+
+
+def _freeze_in_evaluation(network: nn.Module) -> None:
+    """Freezes the layers that the factory put into evaluation mode.
+
+    One whose own code moves its statistics there cannot be frozen. It is only marked, which is
+    enough for them to stay.
+    """
+    from batchnorm.tools.freezing import freeze
+    from batchnorm.tools.patching import (
+        FROZEN_MARK,
+        has_frozen_mark,
+        has_running_statistics,
+        is_batch_norm,
+    )
+
+    for layer in network.modules():
+        if layer.training or has_frozen_mark(layer):
+            continue
+        if not (is_batch_norm(layer) and has_running_statistics(layer)):
+            continue
+        try:
+            freeze(layer, lambda name, _: not name, affine=False)
+        except ValueError:
+            setattr(layer, FROZEN_MARK, True)
 
 
 def _batches(spec: str, batch_size: int | None, network: nn.Module) -> Iterable[Any]:

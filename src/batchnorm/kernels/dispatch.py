@@ -74,6 +74,11 @@ def choose(x: Tensor, name: str | None = None) -> Backend:
     raise RuntimeError(f"backend={name!r} cannot take this input: {reason}.")
 
 
+def refusal(x: Tensor) -> str | None:
+    """Returns why no backend is fast for ``x``, so that the reference computes it, or None."""
+    return _missing if numba_cpu is None else numba_cpu.refusal(x)
+
+
 def require_reference(name: str | None, reason: str) -> None:
     """Raises if another backend than the reference is named where only the reference will do.
 
@@ -101,8 +106,7 @@ def describe(x: Tensor, name: str | None = None) -> str:
     text = "The reference computes this input, in eager torch and float64."
     if name is not None:
         return text
-    reason = _missing if numba_cpu is None else numba_cpu.refusal(x)
-    return f"{text} The Numba kernels cannot: {reason}."
+    return f"{text} The Numba kernels cannot: {refusal(x)}."
 
 
 def forward(

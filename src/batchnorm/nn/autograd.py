@@ -36,6 +36,8 @@ def by_backend(route: Route, call: Call, running: Running | None) -> tuple[Tenso
     """
     if route is Route.OPERATOR:
         if torch.is_grad_enabled():
+            if call.residual is call.x:  # Torch's compiler refuses one tensor in two places.
+                call = call._replace(residual=call.x.view_as(call.x))
             return BatchNorm.apply(None, *call)  # pyright: ignore[reportReturnType]
         return torch.ops.batchnorm.forward(*call)[:3]
     if not torch.is_grad_enabled():

@@ -6,17 +6,20 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm import torch_internals
 from batchnorm.kernels import dispatch, reference
 from batchnorm.kernels.contract import Running
 from batchnorm.kernels.dispatch import Call
-from batchnorm.moments import Moments, empty
+from batchnorm.moments import Moments, empty, unbiased_var
 from batchnorm.nn import autograd, validation
 from batchnorm.nn.route import LEARNED, Route, choose, may_read, reason_for_formula
 from batchnorm.nn.running_statistics import count_batch, update_running, warn_of_overflow
+from batchnorm.nn.scripting import in_torchscript
 from batchnorm.nn.sharding import evenly_sharded, settled
 
 Activation = Literal["relu"] | None
@@ -85,6 +88,12 @@ def batch_norm(
         tensor([[-1.],
                 [ 1.]])
     """
+    operands = (x, running_mean, running_var, weight, bias, residual)
+    if has_torch_function(operands) and any(map(_is_stand_in, operands)):
+        # torch.fx records the call as one node.
+        arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+        options = {"residual": residual, "activation": activation, "backend": backend}
+        return handle_torch_function(batch_norm, operands, *arguments, **options)
     return _batch_norm(
         x,
         running_mean,
@@ -99,6 +108,10 @@ def batch_norm(
         activation,
         backend,
     )
+
+
+# torch.jit.script asks for this attribute and compiles the function that it gives.
+batch_norm.__prepare_scriptable__ = lambda: in_torchscript  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _batch_norm(
@@ -120,26 +133,34 @@ def _batch_norm(
     Both happen in one place because a kernel can count while it updates the statistics; a separate
     operation would cost as much as the update.
     """
+    if torch_internals.tracing_state() is not None and backend is None:
+        vectors = (running_mean, running_var, weight, bias)
+        if _torch_takes(x, *vectors):
+            options = (training, momentum, eps, counter, residual, activation)
+            return _in_trace(x, *vectors, *options)
     validation.check_input(x)
-    validation.check_activation(activation)
+    if activation is not None:
+        validation.check_activation(activation)
     if not (type(eps) is float and eps > 0):
         validation.check_eps(eps, training=training)
-    validation.check_statistics(running_mean, running_var, training=training)
-    validation.check_channels(
-        x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
-    validation.check_residual(x, residual)
+    if running_mean is None or running_var is None:
+        validation.check_statistics(running_mean, running_var, training=training)
+    vectors = (running_mean, running_var, weight, bias)
+    validation.check_channels(x, *vectors)
+    if residual is not None:
+        validation.check_residual(x, residual)
     if backend is not None:
         dispatch.choose(x, backend)
     if x.numel() == 0:
+        validation.check_devices(x, *vectors)
         return _empty_output(x, weight, bias, residual)
     if training:
         validation.check_training(x, momentum)
     learned = False
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None and torch.is_grad_enabled():
         learned = running_mean.requires_grad or running_var.requires_grad
-    if learned:
-        learned = validation.may_learn(running_mean, running_var, training=training)
+        if learned and training:
+            validation.refuse_to_learn(running_mean)
     running, fixed_mean, fixed_var = None, running_mean, running_var
     if training:
         fixed_mean = fixed_var = None
@@ -148,20 +169,25 @@ def _batch_norm(
     call = Call(
         x, weight, bias, residual, fixed_mean, fixed_var, eps, activation == "relu", backend
     )
-    tensors = (x, weight, bias, residual, running_mean, running_var, counter)
-    route = Route.FORMULA if learned else choose(*tensors, backend=backend, training=training)
+    route = Route.FORMULA
+    if not learned:
+        route = choose(x, *vectors, residual, counter, backend=backend, training=training)
     if route is not Route.DIRECT:
-        validation.check_dense(
-            x=x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-        )
+        validation.check_devices(x, *vectors)
+        of_channels = dict(zip(validation.VECTORS, vectors, strict=True))
+        validation.check_dense(x=x, residual=residual, **of_channels)
+    if route is Route.ATEN:
+        return _by_aten(call, running, counter)
     if route is Route.DIRECT:
-        y, mean, var = autograd.by_backend(route, call, running)
+        if torch_internals.is_profiled():
+            with record_function("batchnorm::forward"):
+                y, mean, var = autograd.by_backend(route, call, running)
+        else:
+            y, mean, var = autograd.by_backend(route, call, running)
     elif route is Route.OPERATOR:
         y, mean, var = autograd.by_backend(route, call, None)
-    elif route is Route.FORMULA:
-        y, mean, var = _by_formula(call, running, LEARNED if learned else reason_for_formula(x))
     else:
-        y, mean, var = _by_aten(call)
+        y, mean, var = _by_formula(call, running, LEARNED if learned else reason_for_formula(x))
     if running is not None:
         if running.overflowed or not running.moved:
             _update(running, Moments(x.numel() // x.shape[1], mean, var))
@@ -212,16 +238,83 @@ def _by_formula(call: Call, running: Running | None, reason: str) -> tuple[Tenso
     return autograd.by_formula(call)
 
 
-def _by_aten(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes a call in operators of ATen: torch's own batch norm where dtypes allow it."""
+def _in_trace(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    counter: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+) -> Tensor:
+    """`_batch_norm` where ``torch.jit.trace`` records: in operators of ATen."""
+    with torch_internals.trace_paused():  # It would record each look at a shape.
+        validation.check_input(x)
+        validation.check_activation(activation)
+        validation.check_eps(eps, training=training)
+        validation.check_statistics(running_mean, running_var, training=training)
+        validation.check_channels(x, running_mean, running_var, weight, bias)
+        validation.check_residual(x, residual)
+        if training:
+            validation.check_training(x, momentum)
+    running = None
+    if training and running_mean is not None and running_var is not None:
+        running = Running(running_mean, running_var, counter, momentum)
+    fixed = (None, None) if training else (running_mean, running_var)
+    call = Call(x, weight, bias, residual, *fixed, eps, activation == "relu", None)
+    return _by_aten(call, running, counter)
+
+
+def _by_aten(call: Call, running: Running | None, counter: Tensor | None) -> Tensor:
+    """Computes a call in operators of ATen: torch's own batch norm where dtypes allow it.
+
+    That updates the running statistics too, unless the weight of the new batch is a tensor.
+    """
     x, weight, bias, residual, mean, var, eps, relu, _ = call
-    vectors = (weight, bias, mean, var)
-    mixed = any(vector is not None and vector.dtype != x.dtype for vector in vectors)
-    if mixed or mean is None or var is None:
-        return autograd.by_formula(call)
-    y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-    y = y if residual is None else y + residual
-    return y.relu() if relu else y, mean, var
+    training, momentum, batch = mean is None, 0.0, None
+    if running is not None and not isinstance(running.weight, Tensor):
+        mean, var, momentum = running.mean, running.var, running.weight
+    # The formula rounds once; torch's batch norm would round before the residual is added.
+    rounds_twice = residual is not None and not _has_dtype(x.dtype, weight, bias, mean, var)
+    if _torch_takes(x, weight, bias, mean, var) and not rounds_twice:
+        with torch_internals.exported_as(nn.modules.batchnorm._BatchNorm):
+            y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+        with torch_internals.exported_as(None):
+            y = y if residual is None else y + residual
+        with torch_internals.exported_as(nn.ReLU):
+            y = F.relu(y) if relu else y
+        if running is not None and mean is None:
+            batch = reference.moments(x.detach())
+    else:
+        y, *moments = autograd.by_formula(call)
+        batch = Moments(x.numel() // x.shape[1], *moments)
+    if running is not None and batch is not None:
+        # Without a no_grad block, which a program could not be saved with.
+        for buffer, new in ((running.mean, batch.mean), (running.var, unbiased_var(batch))):
+            buffer.copy_((1 - running.weight) * buffer.to(new.dtype) + running.weight * new)
+    if counter is not None:
+        with torch_internals.exported_as(nn.modules.batchnorm._BatchNorm):
+            count_batch(counter)
+    return y
+
+
+def _is_stand_in(operand: object) -> bool:
+    """Tells if something stands for a tensor, as the proxies of ``torch.fx`` do."""
+    return operand is not None and not isinstance(operand, Tensor)
+
+
+def _torch_takes(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Tells if torch's batch norm takes these dtypes: one for all, or short x and float32."""
+    short = x.dtype in (torch.float16, torch.bfloat16)
+    return _has_dtype(x.dtype, *vectors) or (short and _has_dtype(torch.float32, *vectors))
+
+
+def _has_dtype(dtype: torch.dtype, *vectors: Tensor | None) -> bool:
+    return all(vector is None or vector.dtype == dtype for vector in vectors)
 
 
 def _empty_output(

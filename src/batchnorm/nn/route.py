@@ -32,8 +32,8 @@ class Route(Enum):
         FORMULA: The reference's formula in ordinary torch operations, differentiable to any order.
             For ``torch.func`` transforms, forward mode, gradients of gradients and tensors spread
             over processes (``docs/decisions/0002-higher-derivatives.md``).
-        ATEN: ``torch.nn.functional.batch_norm`` in inference, the formula in training. For graphs
-            that run without this library, or that a compiler fuses
+        ATEN: ``torch.nn.functional.batch_norm``; the formula where torch's does not take the
+            dtypes. For graphs that run without this library, or that a compiler fuses
             (``docs/decisions/0003-exported-programs-hold-aten-only.md``).
     """
 
@@ -63,14 +63,15 @@ def choose(
         return Route.ATEN
     if differentiable and not compiling:
         return Route.FORMULA
-    if not compiling and may_skip_dispatcher(*tensors):
+    if not compiling and _may_skip_dispatcher(tensors):
         return Route.DIRECT
     if torch_internals.is_transformed() or any(map(is_sharded, tensors)):
         return Route.FORMULA
-    return Route.OPERATOR
+    recorded = not compiling and (torch_internals.is_traced() or torch_internals.is_made_fx())
+    return Route.ATEN if backend is None and recorded else Route.OPERATOR
 
 
-def may_skip_dispatcher(*tensors: Tensor | None) -> bool:
+def _may_skip_dispatcher(tensors: tuple[Tensor | None, ...]) -> bool:
     """Tells if torch's dispatcher has nothing to do for these tensors in eager mode.
 
     The dispatcher is needed while a mode or a tracer records, under a transform, and for a tensor
@@ -103,6 +104,11 @@ def may_read(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch_internals.is_recorded():
         return False
     return all(tensor.is_cpu for tensor in tensors)
+
+
+def obstacle_to_speed(x: Tensor) -> str | None:
+    """Returns why no fast backend computes ``x``, so that the reference would, or None."""
+    return dispatch.refusal(x)
 
 
 def which_backend(x: Tensor, backend: str | None = None, *, training: bool = True) -> str:
@@ -144,7 +150,9 @@ operator torch.ops.batchnorm.forward.
             f"The reference's formula computes this input, in ordinary torch operations: {reason}."
         )
     if route is Route.ATEN:
-        return "torch's own operations compute this input, because it is compiled or exported."
+        return (
+            "torch's own operations compute this input, because it is compiled, exported or traced."
+        )
     text = dispatch.describe(x, backend)
     if route is Route.DIRECT:
         return text

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from batchnorm import torch_internals
 from batchnorm.moments import Moments, unbiased_var
+from batchnorm.nn.sharding import gathered
 
 
 def weight_of_new_batch(
@@ -49,7 +50,7 @@ def update_running(
     r"""Moves running statistics towards a batch, in place: :math:`r' = (1 - w)\,r + w\,b`.
 
     Computed in the dtype of the batch's moments and rounded once; ``running_var`` moves towards the
-    *unbiased* variance. Nothing is written before both results are known.
+    *unbiased* variance. Both move, or neither.
 
     Args:
         running_mean: Running mean so far.
@@ -59,14 +60,24 @@ def update_running(
     """
     new_mean = _moved(running_mean, batch.mean, weight)
     new_var = _moved(running_var, unbiased_var(batch), weight)
+    if not torch_internals.is_func_transformed():
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
+        return
+    before = running_mean.clone()
     write_buffer(running_mean, new_mean)
-    write_buffer(running_var, new_var)
+    try:
+        write_buffer(running_var, new_var)
+    except RuntimeError:
+        write_buffer(running_mean, before)
+        raise
 
 
 def count_batch(num_batches_tracked: Tensor) -> None:
-    """Adds one to the counter, also where ``torch.func.grad`` captured it."""
+    """Adds one to the counter, also where ``torch.func.grad`` captured it and ``vmap`` maps it."""
     if torch_internals.is_func_transformed():
-        write_buffer(num_batches_tracked, num_batches_tracked + 1)
+        counters = torch_internals.without_vmap(num_batches_tracked)
+        write_buffer(counters, counters + 1)
     else:
         num_batches_tracked.add_(1)
 
@@ -111,10 +122,11 @@ def warn_of_overflow(running_mean: Tensor, running_var: Tensor, batch: Moments) 
         if lost is None:
             continue
         what, found = ("variance", batch.var) if name == "var" else (name, value)
+        largest = gathered(found.where(lost, 0).abs().max()).item()
         dtype = str(buffer.dtype).removeprefix("torch.")
         remedy = "" if dtype in ("float32", "float64") else "keep the statistics in float32, or "
         warnings.warn(
-            f"batch_norm: the {what} of a channel is {found[lost].abs().max().item():.1e}, more "
+            f"batch_norm: the {what} of a channel is {largest:.1e}, more "
             f"than {dtype} can hold: the output is right, but a {dtype} running_{name} becomes "
             f"inf; {remedy}scale the input down.",
             RuntimeWarning,

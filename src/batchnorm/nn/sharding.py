@@ -23,6 +23,11 @@ def settled(vector: Any) -> Any:
     return vector.redistribute(placements=vector.placements) if is_sharded(vector) else vector
 
 
+def gathered(value: Any) -> Tensor:
+    """The whole of a ``DTensor`` on each process; other tensors come back as they are."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
 def evenly_sharded(x: Any) -> Any:
     """Replicates ``x`` over the processes that hold unequal shares of a dimension.
 

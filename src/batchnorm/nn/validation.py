@@ -12,6 +12,8 @@ from torch import Tensor
 from batchnorm import torch_internals
 
 ACTIVATIONS = (None, "relu")
+VECTORS = ("running_mean", "running_var", "weight", "bias")
+"""The arguments that have one number a channel, in the order in which they are passed here."""
 
 
 def check_input(x: Tensor) -> None:
@@ -46,36 +48,49 @@ def check_eps(eps: float, *, training: bool) -> None:
         raise ValueError(f"batch_norm eps must be {rule}, but got {eps}.")
 
 
-def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
-    """Raises if a vector does not hold one value a channel, on x's device."""
+def check_channels(x: Tensor, *vectors: Tensor | None) -> None:
+    """Raises if one of `VECTORS` does not hold one number of a floating dtype a channel."""
+    dtype = x.dtype
     try:
-        channels, on_cpu = x.shape[1] if x.dim() > 1 else 0, x.is_cpu
-    except RuntimeError:  # A nested tensor has no shape.
+        fitting = (x.shape[1] if x.dim() > 1 else 0,)
+        for vector in vectors:
+            if vector is not None and (
+                vector.shape != fitting
+                or (vector.dtype is not dtype and not vector.is_floating_point())
+            ):
+                break
+        else:
+            return
+    except (AttributeError, RuntimeError):  # No tensor; a nested tensor has no shape.
         check_dense(x=x)
-        raise
-    fitting, dtype = (channels,), x.dtype
-    for name, vector in vectors.items():
-        if vector is None:
-            continue
-        try:
-            fits = vector.shape == fitting
-        except AttributeError:
-            raise TypeError(
-                f"batch_norm expects {name} as a tensor or None, got {type(vector).__name__}."
-            ) from None
-        if not fits:
-            check_dense(x=x)
-            raise RuntimeError(
-                f"{name} should contain {channels} elements, one a channel (dimension 1 of the "
-                f"input of shape {tuple(x.shape)}), got shape {tuple(vector.shape)}"
-                f"{_hint(x, vector)}."
-            )
-        if vector.dtype is not dtype and not vector.is_floating_point():
-            raise RuntimeError(
-                f"{name} must be of a floating dtype, got {vector.dtype}; convert it with "
-                f"{name}.to(torch.float32)."
-            )
-        if not (on_cpu and vector.is_cpu) and vector.device != x.device:
+    for name, vector in zip(VECTORS, vectors, strict=True):
+        if vector is not None:
+            _check_vector(x, name, vector)
+
+
+def _check_vector(x: Tensor, name: str, vector: Tensor) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(
+            f"batch_norm expects {name} as a tensor or None, got {type(vector).__name__}."
+        )
+    check_dense(x=x, **{name: vector})
+    channels = x.shape[1] if x.dim() > 1 else 0
+    if vector.shape != (channels,):
+        raise RuntimeError(
+            f"{name} should contain {channels} elements, one a channel (dimension 1 of the "
+            f"input of shape {tuple(x.shape)}), got shape {tuple(vector.shape)}{_hint(x, vector)}."
+        )
+    if not vector.is_floating_point():
+        raise RuntimeError(
+            f"{name} must be of a floating dtype, got {vector.dtype}; convert it with "
+            f"{name}.to(torch.float32)."
+        )
+
+
+def check_devices(x: Tensor, *vectors: Tensor | None) -> None:
+    """Raises if one of `VECTORS` is on another device; the direct route takes the CPU's alone."""
+    for name, vector in zip(VECTORS, vectors, strict=True):
+        if vector is not None and vector.device != x.device:
             raise RuntimeError(
                 f"{name} must be on the input's device {x.device}, got {vector.device}."
             )
@@ -115,6 +130,10 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
     """Raises if the residual cannot be added element by element."""
     if residual is None:
         return
+    if not isinstance(residual, Tensor):
+        raise TypeError(
+            f"batch_norm expects residual as a tensor or None, got {type(residual).__name__}."
+        )
     for rule in ("shape", "dtype", "device"):
         expected, got = getattr(x, rule), getattr(residual, rule)
         if expected != got:
@@ -136,22 +155,13 @@ def check_training(x: Tensor, momentum: float | Tensor | None) -> None:
         )
 
 
-def may_learn(running_mean: Tensor | None, running_var: Tensor | None, *, training: bool) -> bool:
-    """Tells if the gradient of running statistics, one of which requires it, will be asked for.
-
-    Raises:
-        RuntimeError: It is, in training.
-    """
-    if not torch.is_grad_enabled():
-        return False
-    if training:
-        mean_does = running_mean is not None and running_mean.requires_grad
-        name = "running_mean" if mean_does else "running_var"
-        raise RuntimeError(
-            f"batch_norm: {name} requires a gradient, but training changes it in place and the "
-            f"output does not depend on it; pass {name}.detach()."
-        )
-    return True
+def refuse_to_learn(running_mean: Tensor) -> None:
+    """Raises because a running statistic requires a gradient in training."""
+    name = "running_mean" if running_mean.requires_grad else "running_var"
+    raise RuntimeError(
+        f"batch_norm: {name} requires a gradient, but training changes it in place and the "
+        f"output does not depend on it; pass {name}.detach()."
+    )
 
 
 def check_tangents(x: Tensor, running_mean: Tensor, running_var: Tensor) -> None:

@@ -8,7 +8,7 @@ How a tool ends depends on what it does:
 - Tools whose change is part of the model, and is saved with it, are undone by a function of their
   own, also on a copy: `freeze` by `unfreeze`, `accelerate` by `restore`.
 - The others change values once, for good: `recalibrate`, `reset_poisoned_statistics`,
-  `ema_update`. `merge_state_dicts` returns new ones.
+  `ema_update`; or classes: `to_torch`. `merge_state_dicts` returns new values.
 
 A layer that a converter rebuilds inherits what is attached to it. After any error a model is what
 it was, bit for bit. No tool imports another; what they share is in `patching` (the kit), `flow`

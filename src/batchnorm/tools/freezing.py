@@ -50,7 +50,7 @@ class Freezing(Printed):
         what = "statistics, weight and bias" if self.affine else "statistics only"
         froze = f"Froze {counted(len(self.layers), 'batch norm layer')}: {what}."
         if not self.layers:
-            froze = "Nothing was frozen: there is no batch norm layer that can be."
+            froze = "Nothing was frozen: no batch norm layer is selected that can be."
         return "\n".join([froze, *passed_over(self.left)])
 
 

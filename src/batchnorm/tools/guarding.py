@@ -64,7 +64,7 @@ class Guard(Printed, Handle):
 
     def __str__(self) -> str:
         if not self._guarded:
-            return "Nothing is guarded: there is no batch norm layer with running statistics."
+            return "Nothing is guarded: no batch norm layer with running statistics is selected."
         layers = counted(len(self._guarded), "batch norm layer")
         skipped = self.skipped
         if not skipped:
@@ -136,7 +136,9 @@ def guard(model: nn.Module, layers: LayerSelection = None) -> Guard:
 
     A layer that gets such a batch returns the same output as without a guard, so ``GradScaler`` and
     the loss still see it; its running statistics and counter stay what they were. They also stay
-    when a layer refuses a batch with an error; torch's own layer would count that batch. A channel
+    when a layer refuses a batch with an error; torch's own layer would count that batch. Of a layer
+    that looks like batch norm all buffers and tensor attributes stay; a counter that is a Python
+    number cannot, because only the device knows which batch is bad: make it a buffer. A channel
     that was not finite before does not count against a batch. A checkpoint's recomputation does not
     count again.
 
@@ -222,7 +224,8 @@ def reset_poisoned_statistics(
     Raises:
         TypeError: The argument is neither.
         ValueError: A mapping without running statistics that holds other mappings, so it is a
-            checkpoint around a ``state_dict``; or a layer is lazy, or on the meta device.
+            checkpoint around a ``state_dict``; or a layer is lazy, on the meta device, or has a
+            mean and a variance of different shapes.
 
     Warns:
         RuntimeWarning: There are no running statistics, so nothing was checked.
@@ -335,6 +338,12 @@ def _check_values(layer: str, statistics: Mapping[str, Tensor]) -> None:
                 f"{_RESET}: {name} of layer {layer!r} is on the meta device or fake and has no "
                 "values; load them first."
             )
+    if len({tensor.shape for tensor in statistics.values()}) > 1:
+        described = " and ".join(f"{n} of shape {tuple(t.shape)}" for n, t in statistics.items())
+        raise ValueError(
+            f"{_RESET}: the statistics of a layer must have one shape, and layer {layer!r} has "
+            f"{described}; take it out of the mapping."
+        )
 
 
 def _poisoned_channels(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,9 +41,10 @@ def no_stats_update(model: nn.Module, layers: LayerSelection = None) -> Handle:
 
     It sets ``track_running_stats``, which torch's layers and ours read; a subclass with a forward
     of its own must read it, too. Layers that only look like batch norm work on copies of their
-    statistics, which are dropped. A layer that is rebuilt in between does not update either, and
-    does so again at the end. ``copy.deepcopy`` and pickle give a copy that updates as always;
-    ``copy.copy`` of a layer shares its attributes, so set the flag of such a copy yourself.
+    buffers and tensor attributes, which are dropped; a Python number that they count in stays
+    moved. A layer that is rebuilt in between does not update either, and does so again at the end.
+    ``copy.deepcopy`` and pickle give a copy that updates as always; ``copy.copy`` of a layer shares
+    its attributes, so set the flag of such a copy yourself.
     Where a part of the model is checkpointed, run the backward inside too: torch requires that the
     recomputation be like the forward. ``DistributedDataParallel`` sends no buffers to other ranks;
     pass the wrapped model, on all ranks.
@@ -127,7 +128,8 @@ def transaction(model: nn.Module, layers: LayerSelection = None) -> Transaction:
     of forward passes before and inside stay right. What is kept acts like any training step: with
     torch's layers, which save the buffers themselves, the backward pass of an *evaluation* that ran
     before the transaction then reads the new statistics; our layers save copies. A CUDA graph
-    captured before writes into the layers' own buffers and cannot be rolled back.
+    captured before writes into the layers' own buffers and cannot be rolled back, nor can a Python
+    number in which a layer that only looks like batch norm counts.
 
     A step that ``GradScaler`` skips, because it overflowed::
 

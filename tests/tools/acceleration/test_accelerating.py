@@ -17,13 +17,14 @@ from torch.testing import assert_close
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate, restore
+from batchnorm.tools.acceleration import restore
+from everywhere import accelerate
 from model_cases import (
-    OURS,
     accelerated,
     anatomy,
     assert_same_function,
     images,
+    is_ours,
     relus_and_additions,
     restored,
     varied,
@@ -54,7 +55,8 @@ def test_networks(network, layers, relus, additions):
     result = accelerate(model, images())
 
     assert len(result.replaced) == layers
-    assert all(isinstance(model.get_submodule(name), OURS) for name in result.replaced)
+    assert all(is_ours(model.get_submodule(name)) for name in result.replaced)
+    assert list(map(type, model.modules())) == list(map(type, original.modules()))
     assert (result.relus, result.additions, result.left) == (relus, additions, {})
     assert result.verified
     assert result.differences.output < 1e-12
@@ -107,14 +109,13 @@ def test_layers_stay_the_same_objects():
     )
     for name, module in model.named_modules(remove_duplicate=False):
         assert module is layers[name]
-        assert set(vars(module)) - attributes[name] <= {"_class_before_accelerate"}
+        assert set(vars(module)) - attributes[name] <= {"forward", "_batchnorm_accelerated"}
     bn = model.bn1
     assert (bn.momentum, bn.eps, bn.note, bn.weight.requires_grad) == (None, 0.5, "kept", False)
     assert model.alias is bn
-    assert type(bn) is batchnorm.BatchNorm2d
+    assert type(bn) is nn.BatchNorm2d
     assert not model.layer1[0].bn1.training
-    assert isinstance(model.layer1[0], nets.BasicBlock)
-    assert type(model.layer1[0]).__name__ == "BasicBlock"
+    assert type(model.layer1[0]) is nets.BasicBlock
     assert model.layer1[0].expansion == 1
 
 
@@ -172,14 +173,14 @@ def test_copies_stay_accelerated(network, duplicate):
     restore(twin)
     plain = network()
     assert [type(m) for m in twin.modules()] == [type(m) for m in plain.modules()]
-    assert not any(isinstance(module, OURS) for module in twin.modules())
+    assert not any(map(is_ours, twin.modules()))
     assert relus_and_additions(twin)[0] == relus_and_additions(plain.double())[0]
 
 
 def test_shallow_copies_share_the_state():
     block = accelerated(nets.BasicBlock(3, 3))
     twin = copy.copy(block)
-    assert isinstance(twin, nets.BasicBlock)
+    assert type(twin) is nets.BasicBlock
     assert twin.bn1 is block.bn1
     assert relus_and_additions(twin) == (0, 0)
 
@@ -196,12 +197,27 @@ def test_an_accelerated_model_can_be_freed():
 # Layers that are not torch's own.
 
 
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class CopiesItself(nn.BatchNorm2d):
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Own(nn.BatchNorm2d):
+    """A user's subclass that computes as torch's class does."""
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
         (nn.SyncBatchNorm(4), "SyncBatchNorm, which takes its statistics over all processes"),
         (nn.LazyBatchNorm2d(), "lazy and has not seen an input yet"),
-        (type("Frozen", (nn.BatchNorm2d,), {})(4), "a Frozen, a class of its own"),
+        (Scaled(4), "a Scaled, which has a forward of its own"),
+        (CopiesItself(4), "a CopiesItself, which has a __deepcopy__ of its own"),
     ],
 )
 def test_layers_that_are_left(layer, reason):
@@ -211,6 +227,15 @@ def test_layers_that_are_left(layer, reason):
     assert result.replaced == ()
     assert reason in result.left["1"]
     assert type(layer) is kind
+
+
+def test_a_subclass_with_the_forward_of_torch_is_accelerated():
+    model = varied(nn.Sequential(nn.Conv2d(3, 4, 1), Own(4), nn.ReLU()))
+    original = copy.deepcopy(model)
+    result = accelerate(model, images())
+    assert (result.replaced, result.relus, result.left) == (("1",), ("1",), {})
+    assert type(model[1]) is Own
+    assert_same_function(model, original)
 
 
 def test_a_layer_whose_forward_was_replaced_is_left():
@@ -252,8 +277,7 @@ def test_timm_layers_keep_their_class_and_fuse_their_own_relu(momentum):
     result = accelerate(model, images())
 
     assert (result.replaced, result.relus, result.left) == (("bn",), ("bn",), {})
-    assert isinstance(layer, nets.BatchNormAct2d)
-    assert isinstance(layer, batchnorm.BatchNorm2d)
+    assert type(layer) is nets.BatchNormAct2d
     assert list(model.state_dict()) == list(original.state_dict())
     assert_same_function(model, original)
     assert relus_and_additions(model) == (0, 0)
@@ -321,7 +345,7 @@ def test_a_second_time_is_harmless():
     before = anatomy(model)
     again = accelerate(model, images())
     assert (again.replaced, again.relus, again.additions, again.left) == ((), (), (), {})
-    assert str(again).startswith("Nothing new to accelerate.\n")
+    assert str(again) == "Nothing new to accelerate."
     assert anatomy(model) == before
 
 
@@ -400,18 +424,15 @@ def test_conversion_to_synchronized_layers_afterwards():
     assert_close(model(images()), expected)
 
 
-def test_replicas_use_their_own_state():
-    model = accelerated(nets.BasicBlock(3, 3))
-    replica = model._replicate_for_data_parallel()
-    replica._modules = {name: copy.deepcopy(child) for name, child in model._modules.items()}
-    with torch.no_grad():
-        replica.bn1.weight.mul_(2)
-        replica.bn2.weight.mul_(2)
-    twin = copy.deepcopy(restored(model)).eval()
-    with torch.no_grad():
-        twin.bn1.weight.mul_(2)
-        twin.bn2.weight.mul_(2)
-    assert_close(replica.eval()(images()), twin(images()))
+@pytest.mark.parametrize("inside", [False, True])
+def test_data_parallel_is_refused(inside):
+    model = nn.DataParallel(nets.BasicBlock())
+    model, name = (nn.Sequential(nn.Identity(), model), "1") if inside else (model, "the model")
+    before = anatomy(model)
+    message = rf"accelerate: {name}.* is a DataParallel, which copies .* use DistributedDataPara"
+    with pytest.raises(ValueError, match=message):
+        accelerate(model)
+    assert anatomy(model) == before
 
 
 @pytest.fixture

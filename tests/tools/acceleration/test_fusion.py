@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
+from everywhere import accelerate
 from model_cases import (
     accelerated,
     assert_same_function,
@@ -90,6 +90,7 @@ UNFUSED = {
     "changed in place and returned": relu_in_place_and_return,
     "added into something else": add_into_residual,
     "alpha": lambda self, out, residual: torch.add(out, residual, alpha=2).relu(),
+    "alpha of a method": lambda self, out, residual: out.add(residual, alpha=-1).relu_(),
     "a number": lambda self, out, residual: F.relu(out + 1),
     "itself": lambda self, out, residual: F.relu(out + out),
     "another activation": lambda self, out, residual: F.relu6(out),
@@ -105,6 +106,29 @@ def test_what_data_flow_forbids_is_not_fused(function):
     assert result.replaced == ("bn",)
     assert (result.relus, result.additions, result.left) == ((), (), {})
     assert_same_function(model, original)
+
+
+def into_out(self, out, residual):
+    return F.relu(torch.add(residual, out, out=residual)) + residual
+
+
+def into_out_with_alpha(self, out, residual):
+    return torch.add(out, residual, alpha=1, out=residual).relu() + residual
+
+
+def into_a_new_tensor(self, out, residual):
+    target = residual + 1
+    F.relu_(torch.add(out, residual, out=target))
+    return target
+
+
+@pytest.mark.parametrize("function", [into_out, into_out_with_alpha, into_a_new_tensor])
+def test_an_addition_into_a_given_tensor_is_not_fused(function):
+    model = tail(function)
+    original = copy.deepcopy(model)
+    assert accelerate(model).additions == ()
+    with torch.no_grad():
+        assert_close(model(images()), original(images()))
 
 
 class Preactivated(nn.Module):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import os
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -14,35 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import batchnorm
-from batchnorm.tools.acceleration import accelerate, restore
+from batchnorm.tools.acceleration import restore
+from everywhere import accelerate
+from model_cases import is_ours
+from real_networks import import_torchvision
 
 pytestmark = pytest.mark.untyped
 if find_spec("timm") is None or find_spec("torchvision") is None:
     if os.environ.get("CI") == "true":
         pytest.fail("timm and torchvision are not installed; CI must not skip this.")
     pytest.skip("timm and torchvision are not installed", allow_module_level=True)
-
-OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-
-
-@functools.cache
-def import_torchvision():
-    """torchvision, also where its compiled operators do not fit this build of torch.
-
-    Without them it cannot be imported, because it registers shapes for operators that do not exist;
-    networks for classification call none of them.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    for operator in ("nms", "qnms"):
-        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("torchvision")
 
 
 def network(name: str) -> nn.Module:
@@ -112,8 +91,8 @@ def test_real_networks(name, layers, relus, additions):
     assert result.left == {}
     assert len(result.replaced) == layers
     assert (len(result.relus), len(result.additions)) == (relus, additions)
-    ours = [m for m in model.modules() if isinstance(m, batchnorm.BatchNorm2d)]
-    assert len(ours) == layers
+    assert sum(map(is_ours, model.modules())) == layers
+    assert list(map(type, model.modules())) == list(map(type, original.modules()))
     for training in (False, True):
         expected, actual = outcome(original.train(training)), outcome(model.train(training))
         assert actual.keys() == expected.keys()

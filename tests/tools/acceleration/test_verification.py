@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate, restore
+from batchnorm.tools.acceleration import replacement, restore
+from everywhere import accelerate
 from model_cases import (
     EXACT,
-    OURS,
     anatomy,
     images,
+    is_ours,
     tail,
     varied,
 )
@@ -57,27 +57,27 @@ def test_verification_leaves_no_trace():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def wrong_output(self, input, residual=None):
-    return RIGHT(self, input, residual) * (1 + 1e-7)
+def wrong_output(layer, *args):
+    return RIGHT(layer, *args) * (1 + 1e-7)
 
 
-def wrong_buffer(self, input, residual=None):
-    output = RIGHT(self, input, residual)
-    if self.training:
-        self.running_var.mul_(1 + 1e-7)
+def wrong_buffer(layer, *args):
+    output = RIGHT(layer, *args)
+    if layer.training:
+        layer.running_var.mul_(1 + 1e-7)
     return output
 
 
-def wrong_gradient(self, input, residual=None):
-    output = RIGHT(self, input, residual)
+def wrong_gradient(layer, *args):
+    output = RIGHT(layer, *args)
     return output.detach() + (output - output.detach()) * 1.001
 
 
-def wrong_shape(self, input, residual=None):
-    return RIGHT(self, input, residual)[:1]
+def wrong_shape(layer, *args):
+    return RIGHT(layer, *args)[:1]
 
 
-RIGHT = batchnorm.BatchNorm2d.forward
+RIGHT = replacement.forward_of
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ RIGHT = batchnorm.BatchNorm2d.forward
 def test_a_disagreement_is_named_and_undone(monkeypatch, wrong, message):
     model = varied(nets.ResNet())
     before, state = anatomy(model), state_of(model)
-    monkeypatch.setattr(batchnorm.BatchNorm2d, "forward", wrong)
+    monkeypatch.setattr(replacement, "forward_of", wrong)
     with pytest.raises(RuntimeError, match=message):
         accelerate(model, images())
     assert anatomy(model) == before
     assert_close(state_of(model)["tensors"], state["tensors"], **EXACT)
 
 
-def fails(self, input, residual=None):
+def fails(layer, *args):
     raise KeyboardInterrupt
 
 
@@ -109,7 +109,7 @@ def test_any_exception_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="to have 3 channels"):
         accelerate(model, images()[:, :1])
     assert anatomy(model) == before
-    monkeypatch.setattr(batchnorm.BatchNorm2d, "forward", fails)
+    monkeypatch.setattr(replacement, "forward_of", fails)
     with pytest.raises(KeyboardInterrupt):
         accelerate(model, images())
     assert anatomy(model) == before
@@ -141,7 +141,7 @@ def test_arguments_and_outputs_of_any_shape(example):
     model = Nested()
     assert accelerate(model, example).verified
     restore(model)
-    model.bn.register_forward_hook(lambda m, args, out: (out + 1) if isinstance(m, OURS) else None)
+    model.bn.register_forward_hook(lambda m, args, out: (out + 1) if is_ours(m) else None)
     with pytest.raises(RuntimeError, match=r"the output\['logits'\]\[0\] in evaluation differs"):
         accelerate(model, example)
     assert type(model.bn) is nn.BatchNorm2d
@@ -149,7 +149,7 @@ def test_arguments_and_outputs_of_any_shape(example):
 
 def test_an_output_that_only_one_of_the_two_has():
     model = nets.Tail()
-    model.tail = lambda out, residual: (out, out) if isinstance(model.bn, OURS) else (out,)
+    model.tail = lambda out, residual: (out, out) if is_ours(model.bn) else (out,)
     with pytest.raises(RuntimeError, match=r"the output\[1\] in evaluation differs by inf"):
         accelerate(model, images().float())
 

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.averaging import ema_update, keep_statistics_in_float32, merge_state_dicts
+from everywhere import accelerate
 
 EXACT = {"rtol": 0, "atol": 0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import random
 import sys
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.flow import tracing
+from everywhere import accelerate
 from model_cases import (
     EXACT,
     anatomy,
@@ -255,14 +256,125 @@ def test_other_modules_and_classes_hear_nothing_of_a_trace():
     model = type("Observed", (nets.Tail,), {"forward": forward})()
     model.probe, model.relu = Probe(), Registered()
     kinds = [type(module) for module in model.modules()]
-    traced = tracing.trace(model)
-    assert [node.op for node in traced.graph.nodes] == [
+    graph, _ = tracing.trace(model)
+    assert [node.op for node in graph.nodes] == [
         "placeholder", "call_module", "call_module", "call_module", "output"
     ]  # fmt: skip
     assert [type(module) for module in model.modules()] == kinds
     assert heard == []
     assert_close(outputs[0], other(images().float()), **EXACT)
     assert "__getattribute__" not in vars(nn.Module)
+
+
+MADE: list[str] = []
+
+
+class HearsInit(type):
+    def __init__(cls, *args):
+        super().__init__(*args)
+        MADE.append(cls.__name__)
+
+
+class HearsNew(type):
+    def __new__(mcs, *args, **options):
+        MADE.append(args[0])
+        return super().__new__(mcs, *args, **options)
+
+
+class HearsCall(type):
+    def __prepare__(name, *args, **options):
+        MADE.append(name)
+        return {}
+
+
+class OfHearsCall(nn.ReLU, metaclass=HearsCall):
+    """Python calls ``__prepare__`` of a metaclass for a class statement only."""
+
+
+class Abstract(nn.ReLU, abc.ABC):
+    """The metaclass of the standard library has a registry, too."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [HearsInit("OfInit", (nn.ReLU,), {}), HearsNew("OfNew", (nn.ReLU,), {}), OfHearsCall, Abstract],
+)
+def test_metaclasses_hear_nothing_of_a_trace(kind):
+    MADE.clear()
+    model = varied(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), kind()))
+    original = copy.deepcopy(model)
+    assert accelerate(model).relus == ("1",)
+    assert MADE == []
+    assert_same_function(model, original)
+
+
+def scripted(module: nn.Module) -> nn.Module:
+    return torch.jit.script(module.double())
+
+
+def traced(module: nn.Module) -> nn.Module:
+    return torch.jit.trace(module.double(), images(), check_trace=False)
+
+
+class AroundScript(nets.Tail):
+    """A block that calls a module of TorchScript among others."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).mean() + self.relu(self.bn(self.conv(x)))
+
+
+SCRIPTS = {
+    "a layer": lambda: nn.Conv2d(3, 3, 1),
+    "a block": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()),
+    "a block with statistics": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
+}
+AROUND = {
+    "beside": lambda inner: nn.Sequential(inner, nn.BatchNorm2d(3), nn.ReLU()),
+    "deeper": lambda inner: nn.Sequential(nn.Sequential(inner), nn.BatchNorm2d(3), nn.ReLU()),
+    "in a block": AroundScript,
+}
+
+
+@pytest.mark.untyped
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compile_", [scripted, traced])
+@pytest.mark.parametrize("inner", SCRIPTS.values(), ids=SCRIPTS)
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_modules_of_torchscript_are_called_as_one(compile_, inner, around):
+    model = around(compile_(inner())).double()
+    graph, conditions = tracing.trace(model)
+    calls = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    assert calls == {name for name, _ in model.named_children()}
+    assert conditions.are_met(model, (images(),), {})
+
+
+def test_the_module_itself_may_be_called_while_it_is_traced():
+    outputs, expected = [], []
+
+    class Probe(nn.Module):
+        @property
+        def flag(self):
+            if not expected:
+                expected.append(True)
+                thread = threading.Thread(target=lambda: outputs.append(model(images().float())))
+                thread.start()
+                thread.join()
+            return True
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x))) if self.probe.flag else x
+
+    model = type("Observed", (nets.Tail,), {"forward": forward})()
+    model.probe, model.relu = Probe(), nn.ReLU()
+    before = anatomy(model)
+    tracing.trace(model)
+    assert anatomy(model) == before
+    assert_close(outputs[0].detach(), copy.deepcopy(model).train()(images().float()).detach())
 
 
 def test_an_interrupted_trace_leaves_the_module_as_it_was(monkeypatch):

@@ -12,6 +12,7 @@ import sys
 import tracemalloc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from torch.testing import assert_close
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.monitoring import watch
 from batchnorm.tools.monitoring.chart import chart
 from batchnorm.tools.monitoring.state import states
+from everywhere import accelerate
+from look_alikes import Own
 from model_cases import anatomy, relus_and_additions
 
 KINDS = [nn.BatchNorm1d, batchnorm.BatchNorm1d, nn.SyncBatchNorm]
@@ -525,3 +527,75 @@ def test_matplotlib_is_needed_for_the_figure_only():
     assert done.stdout.decode().splitlines()[-1] == (
         "watch: the plot needs matplotlib, which is not installed; pip install 'batchnorm[cli]'."
     )
+
+
+# Settings that are no Python numbers.
+
+SETTINGS = {
+    "tensors": (torch.tensor(1e-3), torch.tensor(0.5)),
+    "tensors of shape (1,)": (torch.tensor([1e-3]), torch.tensor([0.5])),
+    "numbers of NumPy": (np.float32(1e-3), np.float64(0.5)),
+}
+
+
+CASES = [(kind, name) for kind in (nn.BatchNorm1d, Own) for name in SETTINGS]
+CASES.remove((nn.BatchNorm1d, "tensors of shape (1,)"))  # torch takes no such momentum.
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_settings_may_be_tensors(kind, name):
+    layer, numbers = kind(4), kind(4)
+    layer.eps, layer.momentum = SETTINGS[name]
+    numbers.eps, numbers.momentum = 1e-3, 0.5
+    records = []
+    for each in (layer, numbers):
+        with watch(each) as watched:
+            each(batch())
+            watched.step()
+        records.append(watched.to_dict())
+    json.dumps(records[0])
+    assert records[0]["records"][0] == pytest.approx(records[1]["records"][0])
+
+
+@pytest.mark.parametrize("eps", [None, "1e-5", torch.zeros(4), torch.zeros((), device="meta")])
+def test_an_eps_that_is_no_number_is_taken_for_the_default(eps):
+    class WithoutEps(Own):
+        def forward(self, x):
+            return (x - self.running_mean) / (self.running_var + 1e-5).sqrt()
+
+    layer, other = WithoutEps(4), WithoutEps(4)
+    layer.eps = eps
+    layer.momentum = None
+    with watch(layer) as watched, watch(other) as expected:
+        for each in (layer, other):
+            each(batch())
+        watched.step()
+        expected.step()
+    assert watched.records == expected.records
+
+
+def test_an_eps_that_is_a_buffer_is_read():
+    class WithBuffer(Own):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.register_buffer("eps", torch.tensor(0.5))
+
+    layer = WithBuffer(4)
+    result = batchnorm.recalibrate(layer, [batch()])
+    expected = float(((batch().var(0) + 0.5) / 1.5).max())
+    assert result.layers[0].var_ratio_max == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, Own])
+def test_integer_statistics_are_recorded(kind, dtype):
+    layer = kind(4).eval()
+    layer.running_mean, layer.running_var = (
+        tensor.to(dtype) for tensor in (layer.running_mean, layer.running_var)
+    )
+    with watch(layer) as watched:
+        watched.step()
+        watched.step()
+    last = watched.records[-1]
+    assert (last["running_mean_low"], last["running_var_high"], last["mean_drift"]) == (0, 1, 0)
+    json.dumps(watched.to_dict())

@@ -31,7 +31,7 @@ from batchnorm import (
 )
 from batchnorm.tools.patching import ReplacedMethod, inheritance
 from look_alikes import Own, frozen_of_torchvision
-from torchvision_import import import_torchvision
+from real_networks import import_torchvision
 
 pytestmark = pytest.mark.untyped
 
@@ -311,9 +311,50 @@ def test_a_layer_that_looks_like_batch_norm_inherits():
 
 def test_a_frozen_class_in_the_place_of_a_frozen_layer():
     model = net()
+    model(images())
     freeze(model)
-    model[1] = frozen_of_torchvision(4)
+    frozen = frozen_of_torchvision(4)
+    frozen.load_state_dict(model[1].state_dict())
+    model[1] = frozen
     assert is_frozen(model.train())
+
+
+FRESH = {
+    "of the same class": lambda: nn.BatchNorm2d(4),
+    "of ours": lambda: batchnorm.BatchNorm2d(4),
+    "that looks like it": lambda: Own(4),
+    "in a block": lambda: nn.Sequential(nn.BatchNorm2d(4)),
+}
+
+
+@pytest.mark.parametrize("fresh", FRESH)
+@pytest.mark.parametrize("tool", [freeze, guard, watch, keep_statistics_in_float32])
+def test_a_new_layer_in_the_place_of_a_new_one_does_not_inherit_and_that_is_said(tool, fresh):
+    model = net()
+    handle = tool(model)
+    message = rf"{tool.__name__}: layer '1' \(BatchNorm2d\) was replaced by a \w+ with other stat"
+    with pytest.warns(RuntimeWarning, match=message):
+        model[1] = FRESH[fresh]()
+    assert not is_frozen(model[1])
+    assert not {"forward", "train", "_apply"} & vars(model[1]).keys()
+    assert handle is not None
+
+
+def test_a_new_layer_with_the_memory_of_a_new_one_inherits():
+    model = net()
+    freeze(model)
+    rebuilt = batchnorm.BatchNorm2d(4)
+    rebuilt.running_mean.data = model[1].running_mean.data
+    model[1] = rebuilt
+    assert is_frozen(model)
+
+
+def test_scripted_layers_are_built_while_a_tool_is_attached():
+    model = net()
+    with guard(model):
+        scripted = torch.jit.script(nn.BatchNorm2d(4))
+        scripted.running_mean = torch.ones(4)
+    assert scripted(torch.ones(2, 4, 3, 3)).shape == (2, 4, 3, 3)
 
 
 @pytest.mark.parametrize("tool", [freeze, guard, watch, keep_statistics_in_float32])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 
@@ -12,8 +13,13 @@ from torch import nn
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
-from batchnorm.tools.patching.methods import ReplacedMethod, install
+from batchnorm.tools.patching.methods import (
+    ReplacedMethod,
+    install,
+    is_replaced_by_others,
+    replacements,
+)
+from everywhere import accelerate
 from layer_kinds import KINDS, built, everything, layers_of
 from model_cases import assert_same_function, varied
 
@@ -152,3 +158,64 @@ def test_a_pickle_carries_a_replacement_of_its_own():
     twin(torch.randn(3, 2))
     assert twin[0].forward.module is twin[0]
     assert len(twin[0].forward.notes) == 2
+
+
+class Marked(Noting):
+    mark = "_noted"
+
+
+@pytest.mark.parametrize("earlier", ["", "a", "ab"])
+@pytest.mark.parametrize("order", ["earlier first", "behind first"])
+def test_one_behind_the_others_is_called_last_and_goes_alone(earlier, order):
+    layer, notes = nn.BatchNorm1d(2), []
+    before = everything(layer)["modules"]
+    handles = [install([Noting(layer, notes, name)]) for name in earlier]
+    behind = Marked(layer, notes, "z")
+    behind.install_behind()
+    layer(torch.randn(3, 2))
+    names = [*earlier[::-1], "z"]
+    assert notes == [f"{name} in" for name in names] + [f"{name} out" for name in names[::-1]]
+    assert vars(layer)["_noted"]
+    assert Marked.find(layer) is behind
+    steps = [*(handle.remove for handle in handles), behind.uninstall]
+    for step in steps if order == "earlier first" else steps[::-1]:
+        step()
+    assert everything(layer)["modules"] == before
+    assert not behind._is_active
+
+
+def test_one_behind_the_others_calls_the_foreign_method_behind_them():
+    layer, notes = nn.BatchNorm1d(2), []
+    layer.forward = own = lambda x: x + 1
+    with install([Noting(layer, notes, "a")]):
+        behind = Noting(layer, notes, "z")
+        behind.install_behind()
+        assert torch.equal(layer(torch.zeros(1)), torch.ones(1))
+        behind.uninstall()
+    assert notes == ["a in", "z in", "z out", "a out"]
+    assert layer.forward is own
+
+
+def test_foreign_code_is_found_on_both_sides():
+    layer = nn.BatchNorm1d(2)
+    assert not is_replaced_by_others(layer)
+    install([Noting(layer, [], "a")])
+    assert not is_replaced_by_others(layer)
+    inner = layer.forward
+    layer.forward = lambda x: inner(x)
+    assert is_replaced_by_others(layer)
+    assert list(replacements(layer)) == []
+    install([Noting(layer, [], "b")])
+    assert is_replaced_by_others(layer)
+    assert [method.name for method in replacements(layer)] == ["b"]
+    assert not is_replaced_by_others(layer, "train")
+
+
+def test_a_replaced_method_has_the_signature_of_the_class():
+    layer = nn.BatchNorm1d(2)
+    expected = inspect.signature(layer.forward)
+    install([Noting(layer, [], "a")])
+    assert inspect.signature(layer.forward) == expected
+    assert layer.forward.__code__ is nn.BatchNorm1d.forward.__code__
+    with pytest.raises(AttributeError, match="'Noting' object has no attribute 'nonsense'"):
+        layer.forward.nonsense  # noqa: B018

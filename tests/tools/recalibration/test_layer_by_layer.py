@@ -12,8 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.recalibration import recalibrate
+from everywhere import accelerate
 from recalibration_cases import KINDS, bits, layer_by_layer, net, normal
 
 

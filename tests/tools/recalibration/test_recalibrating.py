@@ -15,8 +15,8 @@ from torch.testing import assert_close
 
 import batchnorm
 import model_nets as nets
-from batchnorm.tools.acceleration import accelerate
 from batchnorm.tools.recalibration import recalibrate
+from everywhere import accelerate
 from recalibration_cases import KINDS, bits, net, normal
 
 RAGGED = [torch.zeros(32, 1)] * 9 + [torch.full((2, 1), 10.0)]

@@ -100,7 +100,7 @@ def _fields(record: type[tuple]) -> list[tuple[str, type]]:
 
 _OF_CALL = [
     ("stage", ctypes.c_int64),
-    # Set by a kernel that finds a variance which float32 cannot hold.
+    # Set by a kernel if a running statistic becomes larger than float32 can hold.
     ("overflowed", ctypes.c_int64),
     # Address of the scratch memory.
     ("scratch", ctypes.c_int64),

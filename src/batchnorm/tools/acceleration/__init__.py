@@ -1,7 +1,7 @@
-"""``accelerate`` and ``restore``: our layers in the place of torch's in an existing model.
+"""``accelerate`` and ``restore``: our kernels in an existing model; ``to_torch``: the way back.
 
-Layers change their class (`replacement`), blocks get a rewritten forward (`fusion`), and the result
-is compared with the original (`verification`). Tracing a forward belongs to `tools.flow`.
+Layers get our forward (`replacement`), blocks a rewritten one (`fusion`), and the result is
+compared with the original (`verification`). Tracing a forward belongs to `tools.flow`.
 """
 
 from batchnorm.tools.acceleration.accelerating import (
@@ -10,5 +10,6 @@ from batchnorm.tools.acceleration.accelerating import (
     accelerate,
     restore,
 )
+from batchnorm.tools.acceleration.conversion import to_torch
 
-__all__ = ["Acceleration", "Restoration", "accelerate", "restore"]
+__all__ = ["Acceleration", "Restoration", "accelerate", "restore", "to_torch"]

@@ -1,33 +1,38 @@
 """Fuses the ReLUs of a block, and additions before them, into its batch norm layers.
 
-A fused block has another class, made from its own, with a rewritten forward. Nothing is written
-into the block itself, so copies, hooks, ``state_dict`` and ``isinstance`` stay as they are; nor
-into its layers: a direct call of one computes batch norm alone. At each call the rewritten forward
-first checks the conditions of its trace; if one fails, it calls the original.
+A fused block has a replaced forward; its class and its layers stay as they are, and a direct call
+of a layer computes batch norm alone. At each call the replaced forward first checks the conditions
+of its trace; if one fails, it calls the original.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from batchnorm.nn.layers import LAYERS
 from batchnorm.tools.acceleration.replacement import (
+    REPLACED_FORWARD,
+    AcceleratedForward,
+    LayerForward,
     Sum,
+    can_fuse,
+    is_written_down,
     obstacle_to_skipping,
-    subclass_named_like,
+    own_copying_method,
     with_relu,
     with_residual,
 )
 from batchnorm.tools.flow.assumptions import Unproven
-from batchnorm.tools.flow.tracing import Trace, change_class, module_at, trace
-from batchnorm.tools.patching import RecomputationHook
+from batchnorm.tools.flow.tracing import Conditions, module_at, trace
+from batchnorm.tools.patching import RecomputationHook, is_replaced_by_others
 from batchnorm.torch_internals import global_hooks
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -37,10 +42,7 @@ _MAKERS_OF_NEW_TENSORS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-_CUSTOM_METHODS = (
-    *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getattribute__"),
-    *("__deepcopy__", "__copy__", "__init_subclass__"),
-)
+_SKIPPED = (nn.ReLU, nn.Identity)
 _Members = tuple[tuple[tuple[str, ...], type[nn.Module]], ...]
 
 
@@ -59,31 +61,133 @@ class Fusions:
     left: dict[str, str] = field(default_factory=dict)
 
 
-class FusedBlock:
-    """Block with a rewritten forward. Each copy gets a class of its own.
+@dataclass(frozen=True)
+class _Rewritten:
+    """A rewritten forward, and the conditions under which it may run in place of the original.
 
-    A copy or a pickle has the original class and the state, and no code: the forward is traced
-    again.
+    It refers to no module, so equal blocks share it: block by block, compiled code is compiled once
+    for all of them. A pickle holds None in its place.
+
+    Attributes:
+        conditions: Those of the trace; None if the forward cannot be followed.
+        members: Path and class of the layers and modules that are not called.
+        run: Takes the block and the arguments.
     """
 
-    _class_before_accelerate: ClassVar[type[nn.Module]]
+    conditions: Conditions | None
+    members: _Members
+    run: Callable[..., Any]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild_fused, (self._class_before_accelerate,), self.__dict__
+    def fits(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tells if it computes what the original would for this call."""
+        return (
+            self.conditions is not None
+            and self.conditions.are_met(block, args, kwargs)
+            and _may_skip(block, self.members)
+        )
+
+    def __deepcopy__(self, memo: object) -> _Rewritten:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+_shared: WeakValueDictionary[tuple[Any, ...], _Rewritten] = WeakValueDictionary()
+"""Rewritten forwards by conditions, members and source."""
+
+
+class BlockForward(AcceleratedForward):
+    """The forward of a block, with everything fused that is proven to be the same.
+
+    Code is not pickled: an unpickled block traces its forward again, at the first call that is not
+    compiled.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self._rewritten: _Rewritten | None = None
+        self._least = (0.0, 0.0)
+
+    def expect(self, layers: Iterable[nn.Module]) -> None:
+        """Takes the fused layers: a call in which all are left to torch runs the original at once.
+
+        That is seen by the block's input, from which a layer's may differ in size. It may widen
+        four times; a block that widens more is fused from a little larger inputs on.
+        """
+        smallest = [LayerForward.smallest_of(layer) for layer in layers]
+        self._least = (
+            min(each.fused for each in smallest) / 4,
+            min(each.training for each in smallest) / 4,
+        )
+
+    def rewrite(self) -> Fusions:
+        """Traces the forward of the block's class and rewrites it."""
+        fusions = Fusions()
+        try:
+            self._rewritten = _rewritten(self.module, fusions)
+        except Unproven as reason:
+            self._rewritten = _Rewritten(None, (), _fails)
+            fusions.left[""] = f"its forward {reason}"
+        return fusions
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the rewritten forward if its conditions hold, else the original.
+
+        Programs that others will run hold the original, with one entry for each module.
+        """
+        if any(map(is_written_down, (*args, *kwargs.values()))):
+            return self.original(*args, **kwargs)
+        if self._rewritten is None and _may_trace():
+            self.rewrite()
+        if self._is_small(args):
+            return self.original(*args, **kwargs)
+        rewritten = self._rewritten
+        if rewritten is not None and rewritten.fits(self.module, args, kwargs):
+            return rewritten.run(self.module, *args)
+        return self.original(*args, **kwargs)
+
+    def _is_small(self, args: tuple[Any, ...]) -> bool:
+        if not args or not isinstance(args[0], Tensor):
+            return False
+        return args[0].numel() < self._least[self.module.training]
+
+
+def _fails(*_: Any) -> Any:
+    raise NotImplementedError
+
+
+def _may_trace() -> bool:
+    """Tells if a forward can be traced inside a call of it."""
+    return not torch.compiler.is_compiling() and sys.getprofile() is None
 
 
 def fuse(block: nn.Module) -> Fusions:
-    """Rewrites the block's forward, with everything fused that is proven to be the same."""
-    fusions = Fusions()
-    try:
-        _check_class(block)
-        traced = trace(block)
-    except Unproven as reason:
-        fusions.left[""] = f"its forward {reason}"
-        return fusions
+    """Replaces the block's forward if something can be fused in it."""
+    if is_replaced_by_others(block):
+        return Fusions(left={"": REPLACED_FORWARD})
+    method = own_copying_method(block)
+    if method is not None:
+        return Fusions(left={"": f"its forward belongs to a class with a {method} of its own"})
+    forward = BlockForward(block)
+    fusions = forward.rewrite()
+    if fusions.relus or fusions.additions:
+        forward.install_behind()
+    return fusions
+
+
+def _rewritten(block: nn.Module, fusions: Fusions) -> _Rewritten:
+    """Traces the forward and writes fused calls into it.
+
+    Raises:
+        Unproven: It cannot be followed.
+    """
+    if type(block).__getattribute__ is not nn.Module.__getattribute__:
+        raise Unproven("belongs to a class with a __getattribute__ of its own")
+    graph, conditions = trace(block)
     members: dict[str, type[nn.Module]] = {}
-    for relu in list(traced.graph.nodes):
-        match = _match(block, traced.graph, relu)
+    for relu in list(graph.nodes):
+        match = _match(block, graph, relu)
         if match is None:
             continue
         obstacles = [f"{n}: {o}" for n, m in match.members(block) if (o := obstacle_to_skipping(m))]
@@ -92,11 +196,14 @@ def fuse(block: nn.Module) -> Fusions:
             continue
         members |= {name: type(module) for name, module in match.members(block)}
         (fusions.relus if match.addition is None else fusions.additions).append(match.name)
-        match.rewrite(traced.graph)
-    if members:
-        paths = tuple((tuple(name.split(".")), kind) for name, kind in members.items())
-        change_class(block, _fused_class(block, traced, paths))
-    return fusions
+        match.rewrite(graph)
+    paths = tuple((tuple(name.split(".")), kind) for name, kind in members.items())
+    key = (conditions, paths, graph.python_code(root_module="self").src)
+    found = _shared.get(key)
+    if found is None:
+        run = type(fx.GraphModule(block, graph)).forward
+        found = _shared[key] = _Rewritten(conditions, paths, run)
+    return found
 
 
 @dataclass
@@ -144,7 +251,7 @@ def _match(block: nn.Module, graph: fx.Graph, relu: fx.Node) -> _Match | None:
     if _is_layer(block, end):
         return _Match(end, after, relu)
     is_addition = end.op in ("call_function", "call_method") and end.target in _ADDITIONS
-    if not is_addition or len(end.args) != 2 or end.kwargs.get("alpha", 1) != 1:
+    if not is_addition or len(end.args) != 2 or end.kwargs not in ({}, {"alpha": 1}):
         return None
     first, second = end.args
     choices: list[tuple[Any, Any, Sum]] = [(first, second, "y + r"), (second, first, "r + y")]
@@ -190,11 +297,7 @@ def _is_relu(block: nn.Module, node: fx.Node) -> bool:
 def _is_layer(block: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return False
-    return _can_fuse(block.get_submodule(str(node.target)))
-
-
-def _can_fuse(layer: nn.Module | None) -> bool:
-    return isinstance(layer, LAYERS) and type(layer) in LAYERS and layer.activation is None
+    return can_fuse(block.get_submodule(str(node.target)))
 
 
 def _may_run_at(block: nn.Module, graph: fx.Graph, layer: fx.Node, place: fx.Node) -> bool:
@@ -216,32 +319,6 @@ def _may_run_at(block: nn.Module, graph: fx.Graph, layer: fx.Node, place: fx.Nod
     return all(module is not part for call in calls for part in call.modules())
 
 
-def _check_class(block: nn.Module) -> None:
-    if "forward" in vars(block):
-        raise Unproven("was replaced on this object")
-    for name in _CUSTOM_METHODS:
-        homes = [kind for kind in type(block).__mro__ if name in vars(kind)]
-        if homes and homes[0] not in (nn.Module, object):
-            raise Unproven(f"belongs to a class with a {name} of its own")
-
-
-def _fused_class(block: nn.Module, traced: Trace, members: _Members) -> type[nn.Module]:
-    original, source = type(block), traced.source
-    run = type(fx.GraphModule(block, traced.graph)).forward
-
-    @functools.wraps(source)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (
-            original.forward is source
-            and traced.is_valid_for(self, args, kwargs)
-            and _may_skip(self, members)
-        ):
-            return run(self, *args)
-        return original.forward(self, *args, **kwargs)
-
-    return subclass_named_like(original, (FusedBlock,), {"forward": forward})
-
-
 def _may_skip(block: nn.Module, members: _Members) -> bool:
     """Tells if the modules that the rewritten forward skips are unchanged and have no hooks.
 
@@ -253,23 +330,6 @@ def _may_skip(block: nn.Module, members: _Members) -> bool:
         module = module_at(block, path)
         if module is None or type(module) is not kind or obstacle_to_skipping(module) is not None:
             return False
-        if kind in LAYERS and not _can_fuse(module):
+        if kind not in _SKIPPED and not can_fuse(module):
             return False
     return True
-
-
-class _UnpicklingBlock:
-    """Copied block without its state; when that is set, the block is traced and fused again."""
-
-    _class_before_accelerate: ClassVar[type[nn.Module]]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        block: Any = self
-        change_class(block, self._class_before_accelerate)
-        block.__setstate__(state)
-        fuse(block)
-
-
-def _rebuild_fused(original: type[nn.Module]) -> nn.Module:
-    kind = subclass_named_like(original, (_UnpicklingBlock,), {})
-    return kind.__new__(kind)

@@ -1,81 +1,225 @@
-"""Replaces one layer by ours: the same object gets another class.
+"""Replaces the forward of one layer by ours; the object, its class and its attributes stay.
 
-Nothing is copied, so parameters, buffers, hooks, flags, aliases and the references of an optimizer
-stay what they are, and going back is exact.
+Torch's layer stays exactly torch's layer for every library that asks for its class. A copy or a
+pickle carries the replaced forward.
 """
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+import math
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.nn.functional import Activation
-from batchnorm.nn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.tools.flow.tracing import change_class
-from batchnorm.torch_internals import has_hooks
+from batchnorm.nn.layers import LAYERS, evaluated_by_torch, forward_of
+from batchnorm.nn.route import obstacle_to_speed
+from batchnorm.tools.patching import ACCELERATED_MARK, ReplacedMethod, is_replaced_by_others
+from batchnorm.torch_internals import has_hooks, is_traced
 
 Sum = Literal["y + r", "r + y", "y += r"]
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-}
-_MARK = "_class_before_accelerate"
-_REPLACED_FORWARD = "its forward was replaced on this object"
+REPLACED_FORWARD = "its forward was replaced on this object"
+_COPYING_METHODS = (
+    *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__deepcopy__", "__copy__"),
+)
+_CLASSES_MADE_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.")
+
+
+class Smallest(NamedTuple):
+    """Numbers of values from which on our kernels compute an input; torch's compute smaller ones.
+
+    Attributes:
+        training: For training, with what is fused or without.
+        fused: For evaluation, where a ReLU or an addition is fused.
+        alone: For evaluation, where nothing is.
+    """
+
+    training: float
+    fused: float
+    alone: float
+
+
+USUAL = Smallest(training=2.0**18, fused=2.0**19, alone=math.inf)
+"""A call through Python takes about 50 us more than torch's, and one pass takes as long as torch's.
+
+Our kernels win by taking fewer passes: in training, and where something is fused. These are the
+sizes from which on they won for each layout and dtype, with one thread and with two.
+"""
+EVERYWHERE = Smallest(0.0, 0.0, 0.0)
+NOWHERE = Smallest(math.inf, math.inf, math.inf)
+
+
+class AcceleratedForward(ReplacedMethod):
+    """A forward that `accelerate` gave to a layer or a block, until `restore`."""
+
+    mark = ACCELERATED_MARK
+    remedy = "call batchnorm.restore(model) first"
+
+
+class LayerForward(AcceleratedForward):
+    """The forward of one of torch's layers: by our kernels where they are faster.
+
+    Attributes:
+        smallest: What they compute.
+    """
+
+    module: _BatchNorm
+    smallest: Smallest = USUAL
+
+    def call(self, input: Any) -> Any:
+        """Computes the layer's output; programs for others hold what the class computes."""
+        if is_written_down(input):
+            return self.original(input)
+        if self.takes(input, self.smallest.alone):
+            return forward_of(self.module, input)
+        return self.by_torch(input)
+
+    def compute(self, input: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+        """Computes the layer's output, for a fused block with what comes after it."""
+        if self.takes(input, self.smallest.fused):
+            return forward_of(self.module, input, residual, activation)
+        y = self.by_torch(input)
+        if residual is not None:
+            y += residual
+        return y if activation is None else F.relu_(y)
+
+    def by_torch(self, input: Tensor) -> Tensor:
+        """Computes the layer's output by torch's kernels."""
+        if self._previous is None and not self.module.training:
+            y = evaluated_by_torch(self.module, input)
+            if y is not None:
+                return y
+        return self.original(input)
+
+    def takes(self, input: Tensor, in_evaluation: float) -> bool:
+        """Tells if our kernels compute an input.
+
+        Args:
+            input: The layer's input.
+            in_evaluation: Number of values from which on they do in evaluation.
+        """
+        least = self.smallest.training if self.module.training else in_evaluation
+        return input.numel() >= least and obstacle_to_speed(input) is None
+
+    @classmethod
+    def smallest_of(cls, layer: nn.Module) -> Smallest:
+        """Returns a layer's bounds: none for one that was built as ours."""
+        forward = cls.find(layer)
+        return EVERYWHERE if forward is None else forward.smallest
+
+    def fuses(self) -> bool:
+        """Tells if the layer computes a ReLU that belongs to it."""
+        return False
+
+
+class LayerWithActivationForward(LayerForward):
+    """The forward of timm's ``BatchNormAct2d``: ``act(drop(batch_norm(x)))``."""
+
+    def call(self, input: Any) -> Any:
+        """Computes the layer's output, in one pass if ``act`` is a ReLU and ``drop`` nothing."""
+        if is_written_down(input):
+            return self.original(input)
+        if self.takes(input, self.smallest.fused) and self.fuses():
+            return forward_of(self.module, input, None, "relu")
+        if self.takes(input, self.smallest.alone):
+            return self._acted(forward_of(self.module, input))
+        if input.dim() == 4 and self._previous is None and not self.module.training:
+            y = evaluated_by_torch(self.module, input)
+            if y is not None:
+                return self._acted(y)
+        return self.original(input)
+
+    def _acted(self, y: Tensor) -> Tensor:
+        layer: Any = self.module
+        return layer.act(layer.drop(y))
+
+    def fuses(self) -> bool:
+        """Tells if nothing but a ReLU comes after the normalization."""
+        layer: Any = self.module
+        return (
+            type(layer.drop) is nn.Identity
+            and type(layer.act) is nn.ReLU
+            and obstacle_to_skipping(layer.drop) is None
+            and obstacle_to_skipping(layer.act) is None
+        )
 
 
 def replace(layer: _BatchNorm) -> str | None:
-    """Gives one of torch's layers our class.
+    """Replaces the forward of one of torch's layers.
 
     Returns:
         None, or the reason why the layer is left as it is.
     """
     kind = type(layer)
-    if "forward" in vars(layer):
-        return _REPLACED_FORWARD
-    if kind in _OURS:
-        layer.__dict__[_MARK] = kind
-        change_class(layer, _OURS[kind])
-        return None
+    if is_replaced_by_others(layer):
+        return REPLACED_FORWARD
     if isinstance(layer, LazyModuleMixin):
         return "it is lazy and has not seen an input yet"
     if isinstance(layer, nn.SyncBatchNorm):
         return "it is a SyncBatchNorm, which takes its statistics over all processes"
+    method = own_copying_method(layer)
+    if method is not None:
+        return f"it is a {kind.__name__}, which has a {method} of its own"
+    if kind.forward is _BatchNorm.forward:
+        LayerForward(layer).install_behind()
+        return None
     if not isinstance(layer, nn.BatchNorm2d) or set(layer._modules) != {"drop", "act"}:
-        return f"it is a {kind.__name__}, a class of its own"
+        return f"it is a {kind.__name__}, which has a forward of its own"
     if not _is_act_of_drop(layer):
         return f"it is a {kind.__name__}, and does not compute act(drop(batch_norm(x)))"
-    change_class(layer, _class_with_activation(kind))
+    LayerWithActivationForward(layer).install_behind()
     return None
 
 
-def restore_class(module: nn.Module) -> bool:
-    """Gives a module the class that it had before; False if it was never changed."""
-    original = type(module).__dict__.get(_MARK) or module.__dict__.pop(_MARK, None)
-    if original is not None:
-        change_class(module, original)
-    return original is not None
+def obstacle_to_kernels(layer: _BatchNorm) -> str | None:
+    """Returns why no fast kernels compute tensors of the layer's device and dtype, or None."""
+    held = next((t for t in (layer.weight, layer.running_mean) if t is not None), torch.empty(0))
+    return obstacle_to_speed(torch.empty(0, dtype=held.dtype, device=held.device))
+
+
+def own_copying_method(module: nn.Module) -> str | None:
+    """Returns the method by which the module's class copies itself other than torch's modules do.
+
+    Such a copy may share the replaced forward, which would then run on the original's tensors.
+    """
+    for name in _COPYING_METHODS:
+        home = next((kind for kind in type(module).__mro__ if name in vars(kind)), object)
+        is_torchs = home.__module__.startswith(_CLASSES_MADE_BY_TORCH)
+        if home not in (nn.Module, object) and not is_torchs:
+            return name
+    return None
 
 
 def obstacle_to_skipping(module: nn.Module) -> str | None:
     """Returns why a module must be called itself (hooks, a replaced forward), or None."""
     if has_hooks(module):
         return "it has hooks"
-    return _REPLACED_FORWARD if "forward" in vars(module) else None
+    _ = module.forward  # Compiled code notices from now on if somebody replaces it.
+    forward = vars(module).get("forward")
+    return REPLACED_FORWARD if forward is not None and not _is_ours(forward) else None
+
+
+def can_fuse(layer: nn.Module) -> bool:
+    """Tells if the layer is one of ours, or computes like one, without an activation."""
+    if type(layer) in LAYERS:
+        return layer.activation is None
+    if type(layer).__call__ is not nn.Module.__call__:
+        return False
+    return _is_ours(vars(layer).get("forward")) or _is_ours(LayerForward.find(layer))
+
+
+def is_written_down(argument: Any) -> bool:
+    """Tells if a call becomes part of a program for others: an export, or a trace by jit or fx."""
+    return torch.compiler.is_exporting() or is_traced() or isinstance(argument, fx.Proxy)
 
 
 def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
-    """Computes ``relu(layer(x))`` in one pass, by the forward of the class."""
-    view = _view(layer)
-    return type(view).forward(view, x)
+    """Computes ``relu(layer(x))`` in one pass."""
+    return _compute(layer, x, None)
 
 
 def with_residual(layer: nn.Module, x: Tensor, residual: Any, sum_: Sum) -> Tensor:
@@ -92,82 +236,21 @@ def with_residual(layer: nn.Module, x: Tensor, residual: Any, sum_: Sum) -> Tens
         and residual.stride() == x.stride()
     )
     if fits:
-        return _view(layer).forward(x, residual)
+        return _compute(layer, x, residual)
     y = layer(x)
     if sum_ == "y += r":
         return F.relu(y.add_(residual))
     return F.relu(y + residual if sum_ == "y + r" else residual + y)
 
 
-class _ReLU:
-    """View of a layer: it shares the layer's state, and has a ReLU.
-
-    A view lives for one call, so a call that is not fused never sees the ReLU.
-    """
-
-    @property
-    def activation(self) -> Activation:
-        return "relu"
+def _compute(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+    if type(layer) in LAYERS:
+        return forward_of(layer, x, residual, "relu")
+    return layer.forward.compute(x, residual, "relu")
 
 
-_VIEWS: dict[type, Any] = {kind: type("View", (_ReLU, kind), {}) for kind in _OURS.values()}
-
-
-def _view(layer: nn.Module) -> Any:
-    kind = _VIEWS.get(type(layer))
-    if kind is None:
-        kind = next(view for kind, view in _VIEWS.items() if isinstance(layer, kind))
-    view = kind.__new__(kind)
-    view.__dict__ = layer.__dict__
-    return view
-
-
-def subclass_named_like(
-    original: type[nn.Module], bases: Iterable[type], namespace: dict[str, Any]
-) -> type[nn.Module]:
-    """Makes a subclass with the name of ``original``, to which `restore_class` returns."""
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, **namespace, _MARK: original}
-    return types.new_class(
-        original.__name__, (*bases, original), exec_body=lambda ns: ns.update(body)
-    )
-
-
-class WithActivation:
-    """timm's ``BatchNormAct2d``: ``act(drop(batch_norm(x)))``, with ours inside."""
-
-    _class_before_accelerate: ClassVar[type[nn.Module]]
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Computes ``act(drop(batch_norm(input)))``, in one pass if that is a ReLU."""
-        if self.fuses():
-            return with_relu(self, input)  # pyright: ignore[reportArgumentType]
-        normalized = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
-        return self.act(self.drop(normalized))
-
-    def fuses(self) -> bool:
-        """Tells if nothing but a ReLU comes after the normalization."""
-        return (
-            type(self.drop) is nn.Identity
-            and type(self.act) is nn.ReLU
-            and obstacle_to_skipping(self.drop) is None
-            and obstacle_to_skipping(self.act) is None
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_with_activation, (self._class_before_accelerate,), self.__dict__
-
-
-@functools.cache
-def _class_with_activation(original: type[nn.Module]) -> type[nn.Module]:
-    return subclass_named_like(original, (WithActivation, BatchNorm2d), {})
-
-
-def _new_with_activation(original: type[nn.Module]) -> nn.Module:
-    kind = _class_with_activation(original)
-    return kind.__new__(kind)
+def _is_ours(forward: object) -> TypeGuard[LayerForward]:
+    return type(forward) is LayerForward
 
 
 class _PlusOne(nn.Module):

@@ -21,22 +21,40 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.tools.flow.tracing import change_class
-from batchnorm.tools.patching import Handle, SavedTensors, batch_norms, listen
+from batchnorm.tools.patching import Handle, SavedTensors, is_batch_norm, listen, replacements
 
 Results = dict[str, Tensor]
+
 _CONTAINERS = (dict, OrderedDict, list, set)
 _FIRST_SEEDS, _MORE_SEEDS = range(2), range(2, 18)
 
 
+class Input(NamedTuple):
+    """One input of a batch norm layer.
+
+    Attributes:
+        training: True if the layer was in training.
+        shape: Shape of the input.
+        stride: Its strides.
+        dtype: Its dtype.
+    """
+
+    training: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Snapshot:
-    """Everything about a model that can be restored: classes, attributes, and tensors if wanted.
+    """Everything about a model that can be restored: attributes, and tensors if wanted.
+
+    Replaced forwards are part of it, with their attributes, because each knows the one behind it.
 
     Args:
         model: The model.
@@ -45,8 +63,12 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, *, tensors: bool) -> None:
-        self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-        values = [value for *_, attributes in self._modules for value in attributes.values()]
+        modules = list(model.modules())
+        objects = [*modules, *(method for module in modules for method in replacements(module))]
+        self._objects = [(changed, dict(vars(changed))) for changed in objects]
+        scripts = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        self._modes = [(module, module.training) for module in scripts]  # Not in their __dict__.
+        values = [value for _, attributes in self._objects for value in attributes.values()]
         self._containers = [(v, v.copy()) for v in values if type(v) in _CONTAINERS]
         parameters = list(model.parameters()) if tensors else []
         self._grads = [(parameter, parameter.grad) for parameter in parameters]
@@ -58,13 +80,14 @@ class Snapshot:
 
     def restore(self) -> None:
         """Makes the model what it was, bit for bit, with the same objects in the same places."""
-        for module, kind, attributes in self._modules:
-            change_class(module, kind)
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for changed, attributes in self._objects:
+            changed.__dict__.clear()
+            changed.__dict__.update(attributes)
         for container, content in self._containers:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
+        for module, training in self._modes:
+            module.training = training
         self._tensors.restore()
         for parameter, grad in self._grads:
             parameter.grad = grad
@@ -117,6 +140,9 @@ class Verification:
         example_input: One tensor, a tuple of arguments or a dict of keyword arguments.
         before: State from which every run starts.
 
+    Attributes:
+        inputs: What the batch norm layers of the original got, by name.
+
     Raises:
         TypeError: ``example_input`` is of another type.
     """
@@ -125,8 +151,10 @@ class Verification:
         self._example = _arguments(example_input)
         self._before = before
         self._modes: list[_Mode] = []
+        self.inputs: dict[str, set[Input]] = {}
         for training in (False, True):
-            mode = _Mode(training, self._run(model, training=training))
+            with _recorded(model, self.inputs):
+                mode = _Mode(training, self._run(model, training=training))
             self._modes.append(mode)
             for seed in _FIRST_SEEDS:
                 self._imitate_rounding(model, mode, seed)
@@ -165,14 +193,15 @@ class Verification:
             mode.rounding[name] = max(mode.rounding.get(name, 0.0), distance)
 
     def _run(self, model: nn.Module, *, training: bool) -> Results:
-        """Returns outputs, gradients and buffers of one call."""
+        """Returns outputs, gradients and buffers of one call, which is not compiled."""
         self._before.rewind_random()
         model.train(training)
         leaves: Results = {}
         args, kwargs = (_with_leaves(part, "input", leaves) for part in self._example)
         leaves |= {n: p for n, p in model.named_parameters() if p.requires_grad}
         with torch.enable_grad():
-            outputs = dict(_tensors_in(model(*args, **kwargs), "the output"))
+            with torch.compiler.set_stance("force_eager"):  # Compiled code would miss our hooks.
+                outputs = dict(_tensors_in(model(*args, **kwargs), "the output"))
             results = {name: value.detach().clone() for name, value in outputs.items()}
             roots = [value for value in outputs.values() if value.requires_grad]
             generator = torch.Generator().manual_seed(0)
@@ -291,7 +320,22 @@ def _disturbed(model: nn.Module, seed: int) -> Handle:
         step = max(2 * eps, min(64 * eps, 4e-3)) * x.detach().abs().amax()
         return x + (noise - 1).to(x.device, x.dtype) * step
 
-    return listen(batch_norms(model, caller="accelerate"), move, caller="accelerate")
+    return listen(_batch_norms(model), move, caller="accelerate")
+
+
+def _recorded(model: nn.Module, inputs: dict[str, set[Input]]) -> Handle:
+    """Records what the batch norm layers get."""
+    layers = _batch_norms(model)
+
+    def record(name: str, x: Tensor) -> None:
+        seen = inputs.setdefault(name, set())
+        seen.add(Input(layers[name].training, x.shape, x.stride(), x.dtype))
+
+    return listen(layers, record, caller="accelerate")
+
+
+def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_batch_norm(module)}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments, merge_moments, unbiased_var
-from batchnorm.tools.patching import COUNTER, STATISTICS, by_unwrapped_name, count_in
+from batchnorm.tools.patching import STATISTICS, by_unwrapped_name, count_in, is_counter
+from batchnorm.torch_internals import is_real
 
 State = Mapping[str, Tensor]
 _AVERAGED = "n_averaged"
@@ -33,6 +34,7 @@ def merge_state_dicts(
         state_dicts: At least one; all with the same names, shapes and dtypes. Not changed. Names
             are compared without the parts that wrappers add (``module.``, ``_orig_mod.``).
             Counters may have the shape (1,) or be floats: they are taken as the number they are.
+            ``n_averaged`` of an ``AveragedModel`` must be the same number in all.
         counts: Number of samples of each one; at least two, because a variance needs that many.
             For a soup of models that were trained on the same data give each the number of samples
             in it.
@@ -43,13 +45,14 @@ def merge_state_dicts(
 
     Returns:
         A new dict of new tensors, with the names of the first, in its order and dtypes, and on its
-        devices. A counter always has the shape () and an integer dtype, so that models load it.
+        devices. A counter has an integer dtype and the shape (), so that models load it; or (1,),
+        where it is an integer of that shape in all.
 
     Raises:
         ValueError: There is none, not one count for each, a count is less than two, names, shapes
-            or dtypes differ, an integer that is no counter differs, a counter is not one whole
-            number, less than in ``base`` or missing there, or the sum of counters is too large for
-            their dtype.
+            or dtypes differ, a tensor has no values, an integer that is no counter differs, a
+            counter is not one whole number, less than in ``base`` or missing there, or the sum of
+            counters is too large for their dtype.
         TypeError: An entry is not a tensor.
 
     Example:
@@ -70,8 +73,9 @@ def merge_state_dicts(
     first = state_dicts[0]
     state_dicts = [_named_like(first, state) for state in state_dicts]
     base = None if base is None else _named_like(first, base)
+    counters = {n for n in first if is_counter(n) or (n == _AVERAGED and _is_averaged(first))}
     for number, state in enumerate(state_dicts):
-        _check_state(first, state, number)
+        _check_state(first, state, number, counters)
     total = sum(counts)
     merged: dict[str, Tensor] = {}
     for name in first:
@@ -80,14 +84,14 @@ def merge_state_dicts(
         names = next((names for names in STATISTICS if kind in names), ())
         if names and all(_join(prefix, each) in first for each in names):
             merged[name] = _together(state_dicts, counts, prefix, names)[kind].view_as(first[name])
-        elif _is_counter(name):
+        elif name in counters:
             merged[name] = _counted(name, tensors, base)
         elif tensors[0].is_floating_point() or tensors[0].is_complex():
             merged[name] = _mean(tensors, [count / total for count in counts])
         else:
             merged[name] = _agreed(name, tensors)
     return {
-        name: tensor if _is_counter(name) else tensor.to(first[name].dtype)
+        name: tensor if name in counters else tensor.to(first[name].dtype)
         for name, tensor in merged.items()
     }
 
@@ -96,11 +100,16 @@ def _named_like(first: State, state: State) -> State:
     """Gives a state the names of the first one, which may be wrapped otherwise."""
     ours, theirs = by_unwrapped_name(first), by_unwrapped_name(state)
     renamed = {ours.get(short, name): state[name] for short, name in theirs.items()}
-    if _AVERAGED in first and _AVERAGED not in renamed:
-        renamed[_AVERAGED] = first[_AVERAGED]
-    if _AVERAGED not in first and all(n == _AVERAGED or n.startswith("module.") for n in state):
+    if _is_averaged(first):
+        renamed.setdefault(_AVERAGED, first[_AVERAGED])
+    elif _AVERAGED not in first and _is_averaged(state):
         renamed.pop(_AVERAGED, None)
     return renamed
+
+
+def _is_averaged(state: State) -> bool:
+    """Tells if a state is of an ``AveragedModel``, whose counter no other wrapper has."""
+    return _AVERAGED in state and all(n == _AVERAGED or n.startswith("module.") for n in state)
 
 
 def _together(
@@ -124,11 +133,34 @@ def _together(
     return dict(zip(names, (merged.mean, var), strict=True))
 
 
-def _is_counter(name: str) -> bool:
-    return name.rpartition(".")[2] == COUNTER
-
-
 def _counted(name: str, tensors: Sequence[Tensor], base: State | None) -> Tensor:
+    total = _averaged(tensors) if name == _AVERAGED else _sum(name, tensors, base)
+    dtype = tensors[0].dtype
+    if dtype.is_floating_point or dtype == torch.bool:
+        dtype = torch.int64
+    if total >= torch.iinfo(dtype).max:
+        raise ValueError(
+            f"merge_state_dicts: {name} would be {total:g}, more than {dtype} holds; give base, "
+            "the checkpoint from which all of them went on."
+        )
+    merged = torch.tensor(total, dtype=dtype, device=tensors[0].device)
+    share_shape = all(each.dim() and not each.is_floating_point() for each in tensors)
+    return merged.view(1) if share_shape else merged
+
+
+def _averaged(tensors: Sequence[Tensor]) -> int:
+    """The number of models behind each of the checkpoints, which must be the same."""
+    first, *others = (_count(_AVERAGED, t, f"checkpoint {n}") for n, t in enumerate(tensors))
+    for number, other in enumerate(others, 1):
+        if other != first:
+            raise ValueError(
+                f"merge_state_dicts: {_AVERAGED} must be the same in all, and it is {first} in "
+                f"checkpoint 0 and {other} in checkpoint {number}; take it from one of them."
+            )
+    return first
+
+
+def _sum(name: str, tensors: Sequence[Tensor], base: State | None) -> int:
     if base is not None and name not in base:
         raise ValueError(f"merge_state_dicts: {name} is missing in base.")
     start = 0 if base is None else _count(name, base[name], "base")
@@ -141,15 +173,7 @@ def _counted(name: str, tensors: Sequence[Tensor], base: State | None) -> Tensor
                 "base, which must have come before it."
             )
         total += count - start
-    dtype = tensors[0].dtype
-    if dtype.is_floating_point or dtype == torch.bool:
-        dtype = torch.int64
-    if total >= torch.iinfo(dtype).max:
-        raise ValueError(
-            f"merge_state_dicts: {name} would be {total:g}, more than {dtype} holds; give base, "
-            "the checkpoint from which all of them went on."
-        )
-    return torch.tensor(total, dtype=dtype, device=tensors[0].device)
+    return total
 
 
 def _count(name: str, tensor: Tensor, where: str) -> int:
@@ -199,7 +223,7 @@ def _check_counts(state_dicts: Sequence[State], counts: Sequence[float | int]) -
             )
 
 
-def _check_state(first: State, state: State, number: int) -> None:
+def _check_state(first: State, state: State, number: int, counters: Collection[str]) -> None:
     for name in [*first, *state]:
         if name not in state or name not in first:
             lacking = number if name not in state else 0
@@ -211,8 +235,13 @@ def _check_state(first: State, state: State, number: int) -> None:
                     "it out of the checkpoints first."
                 )
         ours, theirs = first[name], state[name]
-        if _is_counter(name):
+        if name in counters:
             continue
+        if not is_real(theirs):
+            raise ValueError(
+                f"merge_state_dicts: {name} is on the meta device or fake in checkpoint {number} "
+                "and has no values; load them first."
+            )
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise ValueError(
                 f"merge_state_dicts: {name} is {_described(ours)} in checkpoint 0 and "

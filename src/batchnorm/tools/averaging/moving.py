@@ -13,9 +13,9 @@ from batchnorm.tools.patching import (
     batch_norms,
     by_unwrapped_name,
     inside_wrappers,
-    state_of,
     statistics_of,
 )
+from batchnorm.torch_internals import is_real
 
 Policy = Literal["copy", "average", "merge"]
 
@@ -47,7 +47,7 @@ def ema_update(
 
     Raises:
         ValueError: ``decay`` is not in [0, 1], the policy is unknown, names or shapes differ, or a
-            tensor is on the meta device, without values. Nothing has been changed then.
+            tensor is on the meta device or fake, without values. Nothing has been changed then.
 
     Warns:
         RuntimeWarning: A policy for running statistics is given, and there is no batch norm layer.
@@ -96,7 +96,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     attributes = {
         (f"{prefix}.{name}" if prefix else name): tensor
         for prefix, module in model.named_modules()
-        for name, tensor in state_of(module)
+        for name, tensor in statistics_of(module).items()
         if name not in module._buffers
     }
     found |= attributes
@@ -115,9 +115,10 @@ def _check_alike(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -
                 "give two equal models."
             )
         for who, tensor in (("target", targets[name]), ("model", sources[name])):
-            if tensor.is_meta:
+            if not is_real(tensor):
+                where = "on the meta device" if tensor.is_meta else "fake"
                 raise ValueError(
-                    f"ema_update: {name} is on the meta device in the {who} and has no values; "
+                    f"ema_update: {name} is {where} in the {who} and has no values; "
                     "load them first."
                 )
 

@@ -111,21 +111,27 @@ class Assumptions:
     """Conditions under which the trace of a module's forward is valid, collected while it runs.
 
     Attributes:
+        root: The stand-in of the traced module.
         paths: Names of the children from the traced module to each module in it, by ``id``.
         reads: What the forward read, to be compared at each later call.
         read_training: Whether the forward read the module's own ``training``.
         lists: Names of the arguments that the forward takes for lists, because they are no tensors.
     """
 
-    def __init__(self, root: nn.Module, code: CodeType) -> None:
-        self.root = root
+    def __init__(self, code: CodeType) -> None:
         self.code = code
-        self.paths = {id(m): tuple(n.split(".")) if n else () for n, m in root.named_modules()}
+        self.root: nn.Module | None = None
+        self.paths: dict[int, tuple[str, ...]] = {}
         self.watched: set[CodeType] = set()
         self.calls: Counter[Any] = Counter()
         self.reads: dict[Read, None] = {}
         self.read_training = False
         self.lists: set[str] = set()
+
+    def enter(self, root: nn.Module) -> None:
+        """Takes the stand-in of the module that is traced."""
+        self.root = root
+        self.paths = {id(m): tuple(n.split(".")) if n else () for n, m in root.named_modules()}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -167,6 +173,8 @@ class Assumptions:
             return
         if isinstance(value, nn.Module) and id(value) not in self.paths:
             raise Unproven(f"reads {name!r}, a module that is not in it")
+        if isinstance(value, fx.Proxy):
+            raise Unproven(f"reads {name!r}, which is computed")
         found = fingerprint(value)
         if found is None and value is not None:
             raise Unproven(f"reads {name!r}, a {type(value).__name__}")

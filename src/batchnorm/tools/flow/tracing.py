@@ -1,8 +1,9 @@
 """Traces the forward of one module to a graph, with the conditions under which it is valid.
 
 ``torch.fx`` brings the graph and the proxies. Its ``Tracer`` is not used, because it replaces
-methods of ``nn.Module`` for the whole process while it traces. Here only the traced module and the
-modules in it have another class for that time.
+methods of ``nn.Module`` for the whole process while it traces. Here the forward runs on stand-ins:
+objects with the attributes of the module and of the modules in it, whose classes report each read
+and each call. The modules themselves stay as they are, so other threads may call them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, no_type_check
@@ -25,27 +24,25 @@ from batchnorm.tools.flow.assumptions import Assumptions, Read, Unproven, finger
 
 
 @dataclass(frozen=True)
-class Trace:
-    """Graph of a forward, valid while its conditions are met.
+class Conditions:
+    """Conditions under which the graph of a forward is valid; they refer to no module.
 
     Attributes:
-        graph: Every operation in order, each call of a module in the traced one as one node.
         source: The forward as it is written.
         arguments: For each argument its type, ``Tensor`` or ``list``.
         children: Names of the traced module's children, in order.
         reads: What the forward must find.
     """
 
-    graph: fx.Graph
     source: Callable[..., Any]
     arguments: tuple[type, ...]
     children: tuple[str, ...]
     reads: tuple[Read, ...]
 
-    def is_valid_for(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def are_met(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tells if the graph computes what the forward would for this call."""
+        if type(module).forward is not self.source:
+            return False
         if kwargs or len(args) != len(self.arguments) or tuple(module._modules) != self.children:
             return False
         for argument, kind in zip(args, self.arguments, strict=True):
@@ -58,10 +55,14 @@ class Trace:
         return True
 
 
-def trace(module: nn.Module) -> Trace:
+def trace(module: nn.Module) -> tuple[fx.Graph, Conditions]:
     """Traces the forward of ``module`` without running it on numbers.
 
-    Parameters, buffers and flags stay as they are. Not thread-safe with calls of this very module.
+    Nothing of the module is changed. An attribute of its own that replaces ``forward`` is ignored.
+
+    Returns:
+        Every operation in order, each call of a module in the traced one as one node; and the
+        conditions.
 
     Raises:
         Unproven: The graph might differ from the forward for some input or state.
@@ -71,17 +72,14 @@ def trace(module: nn.Module) -> Trace:
     if sys.getprofile() is not None:
         raise Unproven("cannot be watched while a profiler runs")
     training = module.__dict__["training"]
-    try:
-        graph, assumptions = _trace_once(module, source, names)
-        if assumptions.read_training:
-            module.__dict__["training"] = not training
-            other, _ = _trace_once(module, source, names)
-            if _text(other) != _text(graph):
-                raise Unproven("does other things in training than in evaluation")
-    finally:
-        module.__dict__["training"] = training
+    graph, assumptions = _trace_once(module, source, names, training=training)
+    if assumptions.read_training:
+        other, _ = _trace_once(module, source, names, training=not training)
+        if _text(other) != _text(graph):
+            raise Unproven("does other things in training than in evaluation")
     kinds = tuple(list if name in assumptions.lists else Tensor for name in names)
-    return Trace(graph, source, kinds, tuple(module._modules), tuple(assumptions.reads))
+    reads = tuple(assumptions.reads)
+    return graph, Conditions(source, kinds, tuple(module._modules), reads)
 
 
 def module_at(root: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
@@ -92,11 +90,6 @@ def module_at(root: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
             return None
         module = module._modules.get(name)
     return module
-
-
-def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Changes the class of an object, whatever its ``__setattr__`` does."""
-    object.__setattr__(module, "__class__", kind)
 
 
 def _text(graph: fx.Graph) -> str:
@@ -121,15 +114,20 @@ def _required_arguments(source: Any) -> list[str]:
     return [parameter.name for parameter in required]
 
 
-def _trace_once(module: nn.Module, source: Any, names: list[str]) -> tuple[fx.Graph, Assumptions]:
+def _trace_once(
+    module: nn.Module, source: Any, names: list[str], *, training: bool
+) -> tuple[fx.Graph, Assumptions]:
     """Runs the forward on proxies; random numbers drawn by mistake are put back."""
-    assumptions = Assumptions(module, source.__code__)
+    assumptions, tracer = Assumptions(source.__code__), _Tracer()
     assumptions.admit(source.__code__, source.__globals__)
-    tracer = _Tracer(module)
+    root = _StandIns(tracer, assumptions).of(module)
+    root.__dict__["training"] = training
+    tracer.enter(root)
+    assumptions.enter(root)
     inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
     try:
-        with torch.random.fork_rng(devices=[]), _observed(tracer, assumptions):
-            output = source(module, *inputs)
+        with torch.random.fork_rng(devices=[]), assumptions.watching():
+            output = source(root, *inputs)
         tracer.create_proxy("output", "output", (output,), {})
     except Unproven:
         raise
@@ -170,8 +168,11 @@ class _Proxy(_InPlace, fx.Proxy):
 class _Tracer(GraphAppendingTracer):
     """Writes nodes for one module; its tensors and the modules in it are known by name."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__(fx.Graph())
+
+    def enter(self, root: nn.Module) -> None:
+        """Takes the stand-in of the module that is traced."""
         self.root = root
         self.modules = {id(module): name for name, module in root.named_modules()}
         tensors = (*root.named_parameters(), *root.named_buffers())
@@ -200,26 +201,36 @@ class _Tracer(GraphAppendingTracer):
         return super().create_arg(a)
 
 
-@contextmanager
-def _observed(tracer: _Tracer, assumptions: Assumptions) -> Iterator[None]:
-    """Lets the traced module and all modules in it report what is read of them and called."""
-    before = [(module, type(module)) for module in tracer.root.modules()]
-    observed = {kind: _observed_class(kind, tracer, assumptions) for _, kind in before}
-    try:
-        for module, kind in before:
-            change_class(module, observed[kind])
-        with assumptions.watching():
-            yield
-    finally:
-        for module, kind in before:
-            change_class(module, kind)
-
-
 class _SilentBase:
-    """Keeps a user's ``__init_subclass__`` from hearing of the classes made here."""
+    """Hides the classes made here from a user's ``__init_subclass__``."""
 
     def __init_subclass__(cls) -> None:
         pass
+
+
+class _StandIns:
+    """Makes a stand-in for each module: it has the same attributes, and reports to two objects."""
+
+    def __init__(self, tracer: _Tracer, assumptions: Assumptions) -> None:
+        self._observers = (tracer, assumptions)
+        self._classes: dict[type[nn.Module], type[nn.Module]] = {}
+        self._made: dict[int, nn.Module] = {}
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """Returns the stand-in of ``module``, whose children are stand-ins too."""
+        if id(module) in self._made:
+            return self._made[id(module)]
+        kind = type(module)
+        if kind not in self._classes:
+            self._classes[kind] = _observed_class(kind, *self._observers)
+        made = self._made[id(module)] = object.__new__(self._classes[kind])
+        children = vars(module).get("_modules", {})  # TorchScript's modules may have none.
+        if isinstance(children, dict):
+            children = {
+                name: None if child is None else self.of(child) for name, child in children.items()
+            }
+        object.__setattr__(made, "__dict__", {**vars(module), "_modules": children})
+        return made
 
 
 def _observed_class(
@@ -249,5 +260,5 @@ def _observed_class(
         return tracer.call(module, args, kwargs)
 
     body = {"__getattribute__": read, "__getattr__": read_registered, "__call__": call}
-    bases = (_SilentBase, kind)
-    return types.new_class(kind.__name__, bases, exec_body=lambda names: names.update(body))
+    # Not `type(kind)(...)`: a user's metaclass may keep a registry of the classes that it makes.
+    return type.__new__(type(kind), kind.__name__, (_SilentBase, kind), body)

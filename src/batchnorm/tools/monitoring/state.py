@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments, unbiased_var
-from batchnorm.tools.patching import COUNTER, has_running_statistics, statistics_of
+from batchnorm.tools.patching import (
+    COUNTER,
+    eps_of,
+    has_running_statistics,
+    number_in,
+    statistics_of,
+)
 from batchnorm.torch_internals import is_real
 
 Numbers = NDArray[np.float64]
-_EPS = 1e-5
-"""Assumed where a layer that looks like batch norm does not tell its own."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class State:
             and ``batch_var`` (unbiased) if a hook saw the input. What the layer lacks is absent,
             and so is a tensor without values, as on the meta device.
         counter: ``num_batches_tracked``; None if the layer has none.
-        rounding: Relative step between neighboring numbers of the buffers' dtype.
+        rounding: Relative step between neighboring numbers of the buffers' dtype; 0 of integers.
         momentum: The layer's, if it has one.
         eps: The layer's, or 1e-5.
     """
@@ -67,8 +71,8 @@ def states(layers: Mapping[str, nn.Module], seen: Mapping[str, Moments]) -> dict
             numbers[name],
             int(counted[name, "counter"][0]) if (name, "counter") in counted else None,
             _rounding(layer),
-            getattr(layer, "momentum", None),
-            getattr(layer, "eps", _EPS),
+            number_in(getattr(layer, "momentum", None), None),
+            eps_of(layer),
         )
         for name, layer in layers.items()
     }
@@ -85,7 +89,7 @@ def determines_batch(layer: nn.Module) -> bool:
         and layer.track_running_stats
         and has_running_statistics(layer)
         and layer.num_batches_tracked is not None
-        and (layer.momentum is None or layer.momentum > 0)
+        and (layer.momentum is None or number_in(layer.momentum, 0.0) > 0)
     )
 
 
@@ -109,9 +113,10 @@ def _has_values(tensor: object) -> TypeGuard[Tensor]:
 
 
 def _rounding(layer: nn.Module) -> float:
-    if not has_running_statistics(layer):
+    mean = next(iter(statistics_of(layer).values()), None)
+    if mean is None or not mean.is_floating_point():
         return 0.0
-    return torch.finfo(next(iter(statistics_of(layer).values())).dtype).eps
+    return torch.finfo(mean.dtype).eps
 
 
 def _on_host(tensors: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Numbers]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.files import for_json
 from batchnorm.moments import Moments, merge_moments
@@ -21,6 +22,7 @@ from batchnorm.tools.patching import (
     add_follower,
     batch_norms,
     listen,
+    probe,
     remove_follower,
     statistics_of,
 )
@@ -128,6 +130,7 @@ class Watch(Printed, Handle):
         self.records: list[Record] = []
         self.steps = 0
         self._layers = dict(layers)
+        self._channel_dims: dict[str, int] = {}
         self._every = every
         self._keep = keep
         self._seen: dict[str, Moments] = {}
@@ -203,6 +206,8 @@ class Watch(Printed, Handle):
         for name, layer in self._layers.items():
             needs_hook = not determines_batch(layer)
             if needs_hook and name not in self._hooks:
+                is_torchs = isinstance(layer, _BatchNorm)
+                self._channel_dims[name] = 1 if is_torchs else probe(layer).channel_dim
                 self._hooks[name] = listen({name: layer}, self._record_input, caller="watch")
             elif not needs_hook and name in self._hooks:
                 self._hooks.pop(name).remove()
@@ -212,9 +217,10 @@ class Watch(Printed, Handle):
         if (self.steps + 1) % self._every or not torch.is_grad_enabled():
             return
         mean = next(iter(statistics_of(self._layers[name]).values()), None)
-        if x.dim() < 2 or (mean is not None and x.shape[1] != mean.numel()):
+        channel_dim = self._channel_dims[name]
+        if x.dim() < 2 or (mean is not None and x.shape[channel_dim] != mean.numel()):
             return
-        moments = functional.moments(x.detach())
+        moments = functional.moments(x.detach().movedim(channel_dim, 1))
         # Another thread may put moments here, or take them away, between any two of these calls.
         while self._seen.setdefault(name, moments) is not moments:
             others = self._seen.pop(name, None)

@@ -7,6 +7,7 @@ recomputation, and lets layers that are rebuilt inherit. What it changes for a w
 
 from batchnorm.tools.patching.attributes import (
     FALSE_UNTIL_COPIED,
+    change_class,
     is_temporary,
     temporary_attributes,
     without_buffer_broadcast,
@@ -25,7 +26,12 @@ from batchnorm.tools.patching.inheritance import (
     remove_follower,
 )
 from batchnorm.tools.patching.inputs import are_real, listen
-from batchnorm.tools.patching.methods import ReplacedMethod, install
+from batchnorm.tools.patching.methods import (
+    ReplacedMethod,
+    install,
+    is_replaced_by_others,
+    replacements,
+)
 from batchnorm.tools.patching.names import by_unwrapped_name, inside_wrappers, without_wrappers
 from batchnorm.tools.patching.probing import Behavior, probe
 from batchnorm.tools.patching.recomputation import (
@@ -35,9 +41,11 @@ from batchnorm.tools.patching.recomputation import (
     updates_suppressed,
 )
 from batchnorm.tools.patching.selection import (
+    ACCELERATED_MARK,
     FROZEN_MARK,
     LayerSelection,
     batch_norms,
+    has_accelerated_mark,
     has_frozen_mark,
     is_frozen,
     pass_over,
@@ -48,15 +56,19 @@ from batchnorm.tools.patching.statistics import (
     COUNTER,
     STATISTICS,
     count_in,
+    eps_of,
     has_running_statistics,
     is_batch_norm,
+    is_counter,
     moves_statistics,
     names_of_statistics,
+    number_in,
     state_of,
     statistics_of,
 )
 
 __all__ = [
+    "ACCELERATED_MARK",
     "COUNTER",
     "FALSE_UNTIL_COPIED",
     "FROZEN_MARK",
@@ -74,23 +86,30 @@ __all__ = [
     "are_real",
     "batch_norms",
     "by_unwrapped_name",
+    "change_class",
     "count_in",
+    "eps_of",
+    "has_accelerated_mark",
     "has_frozen_mark",
     "has_running_statistics",
     "inside_wrappers",
     "install",
     "install_inherited",
     "is_batch_norm",
+    "is_counter",
     "is_frozen",
     "is_recomputing",
     "is_repeated",
+    "is_replaced_by_others",
     "is_temporary",
     "listen",
     "moves_statistics",
     "names_of_statistics",
+    "number_in",
     "pass_over",
     "probe",
     "remove_follower",
+    "replacements",
     "state_of",
     "statistics_of",
     "temporary_attributes",

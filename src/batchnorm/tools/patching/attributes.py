@@ -69,6 +69,11 @@ def is_temporary(module: nn.Module, *names: str) -> bool:
     return bool(attributes) and any(name in attributes for name in names)
 
 
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Changes the class of an object, whatever its ``__setattr__`` does."""
+    object.__setattr__(module, "__class__", kind)
+
+
 def without_buffer_broadcast(model: nn.Module) -> Handle:
     """Stops ``DistributedDataParallel`` from sending buffers to other ranks for a while.
 

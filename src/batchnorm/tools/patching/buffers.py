@@ -46,7 +46,7 @@ class SavedTensors:
 class SavedBuffers:
     """The buffers of modules and their values, to be put back into the same places.
 
-    Running statistics that are ordinary attributes, as in the d2l book, count as buffers.
+    Tensors that a look-alike keeps as ordinary attributes count as buffers (`state_of`).
 
     Args:
         modules: The modules; of each its own buffers, not those of its children.
@@ -71,16 +71,21 @@ class SavedBuffers:
     def restore_where(self, condition: Tensor) -> None:
         """Writes the values back if ``condition`` holds, without waiting for the device.
 
-        They go into the buffers that the modules have now.
+        They go into the buffers that the modules have now. What has another shape now stays.
 
         Args:
             condition: One boolean, on the device of the buffers.
         """
         saved = (value for _, value in self._values._saved)
-        for (module, name, _), value in zip(self._places, saved, strict=True):
+        for (module, name, old), value in zip(self._places, saved, strict=True):
             buffer = get_state(module, name)
-            if buffer is not None:
-                buffer.data.copy_(torch.where(condition, value, buffer))
+            if buffer is None or buffer.shape != value.shape:
+                continue
+            restored = torch.where(condition, value, buffer)
+            if buffer is old or name in module._buffers:
+                buffer.data.copy_(restored)
+            else:  # An attribute that was set in between may be somebody else's tensor.
+                put_state(module, name, restored)
 
 
 def work_on_copies(modules: Iterable[nn.Module]) -> Handle:
@@ -124,7 +129,8 @@ class StandInBuffers:
         """Copies the current values into the modules' own buffers; a rollback returns to them."""
         for (module, name), own in self._own.items():
             now = get_state(module, name)
-            if own is not None and now is not None and _is_alike(own, now):
+            stays = name in module._buffers or now is self._stand_ins[module, name]
+            if own is not None and now is not None and _is_alike(own, now) and stays:
                 own.data.copy_(now)
             else:
                 self._own[module, name] = None if now is None else _copy(now)

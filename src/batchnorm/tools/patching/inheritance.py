@@ -3,9 +3,10 @@
 Converters (``convert_sync_batchnorm`` of torch, timm and apex, Lightning's ``sync_batchnorm``) make
 a new layer and give it the tensors of the old one, but nothing else that is on it. torch calls
 hooks when a module gets a buffer or a child. They tell when a layer gets the running statistics of
-another one, or takes its place with equal ones; it then inherits. The hooks are installed when a
-tool first attaches something, and cost a fraction of a microsecond for each buffer and each child
-of modules that are built later.
+another one, or takes its place with equal ones; it then inherits. Initial statistics are equal in
+all layers, so they only tell something where somebody assigned them to the new layer. The hooks are
+installed when a tool first attaches something, and cost a fraction of a microsecond for each buffer
+and each child of modules that are built later.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ _SHARED = {name for names in STATISTICS for name in names}
 """Buffers that a converter shares between the old and the new layer."""
 _attached: WeakSet[nn.Module] = WeakSet()
 """Layers that have, or had, something that can be inherited."""
+_assigned: WeakSet[nn.Module] = WeakSet()
+"""Modules that got other statistics than they were built with."""
 _heirs: WeakKeyDictionary[InheritedMethod, list[InheritedMethod]] = WeakKeyDictionary()
 _followers: WeakKeyDictionary[nn.Module, WeakSet[Follower]] = WeakKeyDictionary()
 _hooks: list[Any] = []
@@ -126,6 +129,8 @@ def _on_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
     """Lets a module inherit whose new buffer is the one of an attached layer."""
     if buffer is None or name not in _SHARED or module in _attached:
         return
+    if module._buffers.get(name) is not None:
+        _assigned.add(module)
     with _lock:
         layers = list(_attached)
     for layer in layers:
@@ -136,14 +141,14 @@ def _on_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
 
 
 def _on_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Lets a child inherit that takes the place of an attached layer, with equal statistics."""
+    """Lets a child inherit that takes the place of an attached layer, with its statistics."""
     old = parent._modules.get(name)
     if child is None or old is None or old is child or old not in _attached:
         return
     inside = list(child.modules())
     if old in inside:
         return
-    if is_batch_norm(child) and _are_equal(old, child):
+    if is_batch_norm(child) and _has_statistics_of(old, child):
         _inherit(old, child)
     elif any(map(is_batch_norm, inside)) and (tools := sorted(_tools(old) - _tools(child))):
         warn(
@@ -181,14 +186,28 @@ def _tools(layer: nn.Module) -> set[str]:
     return {each.tool for each in attached}
 
 
-def _are_equal(old: nn.Module, new: nn.Module) -> bool:
-    """Tells if two layers have equal statistics; their names may differ."""
+def _has_statistics_of(old: nn.Module, new: nn.Module) -> bool:
+    """Tells if a layer has the memory or the values of another one's; their names may differ."""
     pairs = list(zip(statistics_of(old).values(), statistics_of(new).values(), strict=False))
-    for ours, theirs in pairs:
-        if ours.numel() != theirs.numel():
-            return False
-        if not (is_real(ours) and is_real(theirs)):
-            continue
-        if not torch.equal(ours.detach().flatten(), theirs.detach().flatten().to(ours)):
-            return False
-    return len(pairs) > 0
+    real = [pair for pair in pairs if all(map(is_real, pair))]
+    if any(ours.data_ptr() == theirs.data_ptr() for ours, theirs in real):
+        return True
+    if new not in _assigned and _are_initial(old):
+        return False
+    return len(pairs) > 0 and all(_is_equal(*pair) for pair in pairs)
+
+
+def _are_initial(layer: nn.Module) -> bool:
+    """Tells if a layer has the statistics of a new one; False if they have no values."""
+    return all(
+        is_real(tensor) and bool((tensor == initial).all())
+        for initial, tensor in enumerate(statistics_of(layer).values())
+    )
+
+
+def _is_equal(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.numel() != theirs.numel():
+        return False
+    if not (is_real(ours) and is_real(theirs)):
+        return True
+    return torch.equal(ours.detach().flatten(), theirs.detach().flatten().to(ours))

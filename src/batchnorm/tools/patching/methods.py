@@ -9,7 +9,7 @@ sees how every call ends, also with an error.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -27,9 +27,13 @@ class ReplacedMethod(ABC):
 
     Attributes:
         method: Name of the method.
+        mark: Name of an attribute that tells of the replacement, also where foreign code covers it.
+        remedy: What to do before ``torch.jit.script``.
     """
 
     method: ClassVar[str] = "forward"
+    mark: ClassVar[str | None] = None
+    remedy: ClassVar[str] = "end the tool first, with remove() or by leaving its with block"
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -52,19 +56,41 @@ class ReplacedMethod(ABC):
             return self.call(*args, **kwargs)
         return self.original(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Shows ``inspect.signature`` and ``torch.export`` the method of the class."""
+        if name in ("__wrapped__", "__code__", "__name__"):
+            method = getattr(type(self.module), self.method).__get__(self.module)
+            return method if name == "__wrapped__" else getattr(method, name)
+        if name == "__globals__":  # What TorchScript asks first of a method.
+            raise AttributeError(
+                f"torch.jit.script cannot compile {type(self.module).__name__}.{self.method} while "
+                f"a tool of batchnorm has replaced it; {self.remedy}."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @classmethod
     def find(cls: type[_Method], module: nn.Module) -> _Method | None:
         """The replacement of this class on ``module``; None also if foreign code covers it."""
-        found = vars(module).get(cls.method)
-        while isinstance(found, ReplacedMethod) and not isinstance(found, cls):
-            found = found._previous
-        return found if isinstance(found, cls) else None
+        return next((m for m in replacements(module, cls.method) if isinstance(m, cls)), None)
 
     def install(self) -> None:
-        """Replaces the method from now on."""
-        attributes = vars(self.module)
-        self._previous, self._is_active = attributes.get(self.method), True
-        attributes[self.method] = self
+        """Replaces the method from now on, in front of earlier replacements."""
+        self._begin(vars(self.module).get(self.method))
+        vars(self.module)[self.method] = self
+
+    def install_behind(self) -> None:
+        """Replaces the method from now on, behind earlier replacements, which then call this."""
+        earlier = list(replacements(self.module, self.method))
+        if not earlier:
+            self.install()
+            return
+        self._begin(earlier[-1]._previous)
+        earlier[-1]._previous = self
+
+    def _begin(self, previous: Any) -> None:
+        self._previous, self._is_active = previous, True
+        if self.mark is not None:
+            vars(self.module)[self.mark] = True
 
     def uninstall(self, module: nn.Module | None = None) -> None:
         """Uninstalls this replacement wherever it stands in the chain.
@@ -77,6 +103,8 @@ class ReplacedMethod(ABC):
         if module is None or module is self.module:
             module, self._is_active = self.module, False
         attributes = vars(module)
+        if self.mark is not None:
+            attributes.pop(self.mark, None)
         found = attributes.get(self.method)
         if found is self:
             if self._previous is None:
@@ -88,6 +116,22 @@ class ReplacedMethod(ABC):
             found = found._previous
         if isinstance(found, ReplacedMethod):
             found._previous = self._previous
+
+
+def replacements(module: nn.Module, method: str = "forward") -> Iterator[ReplacedMethod]:
+    """Yields the replacements of a method, the outermost first, down to foreign code."""
+    found = vars(module).get(method)
+    while isinstance(found, ReplacedMethod):
+        yield found
+        found = found._previous
+
+
+def is_replaced_by_others(module: nn.Module, method: str = "forward") -> bool:
+    """Tells if foreign code replaced a method on the object, before or after our replacements."""
+    found = vars(module).get(method)
+    while isinstance(found, ReplacedMethod):
+        found = found._previous
+    return found is not None
 
 
 def install(methods: Iterable[ReplacedMethod]) -> Handle:

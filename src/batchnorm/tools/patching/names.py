@@ -6,7 +6,7 @@ names get one more part, in front (``module.0.weight``) or in the middle (``body
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -17,17 +17,28 @@ _WRAPPERS = {"module", *_PRIVATE}
 
 def without_wrappers(name: str) -> str:
     """Removes the parts that wrappers add: ``module._orig_mod.bn`` becomes ``bn``."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return _without(_WRAPPERS, name)
 
 
-def by_unwrapped_name(names: Iterable[str]) -> dict[str, str]:
+def without_private_parts(name: str) -> str:
+    """Removes the parts that only wrappers have: ``module._orig_mod.bn`` becomes ``module.bn``."""
+    return _without(_PRIVATE, name)
+
+
+def by_unwrapped_name(
+    names: Iterable[str], shorten: Callable[[str], str] = without_wrappers
+) -> dict[str, str]:
     """Maps names without wrappers to the names.
 
     Where two names would become one, because a child has such a name itself, all map to themselves.
     """
     names = list(names)
-    found = {without_wrappers(name): name for name in names}
+    found = {shorten(name): name for name in names}
     return found if len(found) == len(names) else {name: name for name in names}
+
+
+def _without(parts: Collection[str], name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in parts)
 
 
 def inside_wrappers(model: nn.Module) -> nn.Module:

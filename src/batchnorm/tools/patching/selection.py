@@ -10,7 +10,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.tools.patching.names import without_wrappers
+from batchnorm.tools.patching.names import (
+    by_unwrapped_name,
+    without_private_parts,
+    without_wrappers,
+)
 from batchnorm.tools.patching.statistics import is_batch_norm, obstacle_to_likeness
 
 LayerSelection = Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -20,6 +24,8 @@ layer; or None for all."""
 
 FROZEN_MARK = "_batchnorm_frozen"
 """Attribute that `batchnorm.freeze` sets on a layer."""
+ACCELERATED_MARK = "_batchnorm_accelerated"
+"""Attribute that `batchnorm.accelerate` sets on a layer or a block, beside its forward."""
 _BETWEEN = ("batchnorm.", "torch.utils.", "torch.nn.", "jaxtyping", "beartype")
 """Modules between a tool's warning and the user's code: ``torch.no_grad`` wraps some tools, and
 modules call hooks."""
@@ -93,8 +99,9 @@ def pass_over(
     """
     if not reasons:
         return
+    modules = dict(model.named_modules())
     described = [
-        f"layer {name!r} ({type(model.get_submodule(name)).__name__}), because {reason}"
+        f"layer {name!r} ({type(modules[name]).__name__}), because {reason}"
         for name, reason in reasons.items()
     ]
     more = len(described) - _SHOWN
@@ -132,6 +139,11 @@ def is_frozen(model: nn.Module) -> bool:
     return bool(found) and all(map(has_frozen_mark, found))
 
 
+def has_accelerated_mark(module: nn.Module) -> bool:
+    """Tells if `batchnorm.accelerate` replaced this one module's forward, and nobody deleted it."""
+    return ACCELERATED_MARK in vars(module) and "forward" in vars(module)
+
+
 def has_frozen_mark(layer: nn.Module) -> bool:
     """Tells if this one layer is frozen, whatever layers it has inside."""
     return vars(layer).get(FROZEN_MARK, False)
@@ -151,7 +163,7 @@ def _select(
         )
     selected: dict[str, nn.Module] = {}
     for pattern in layers:
-        fitting = {name: layer for name, layer in found.items() if _fits(name, pattern)}
+        fitting = _fitting(found, pattern)
         if not fitting:
             raise ValueError(
                 f"{caller}: no batch norm layer fits {pattern!r}; the model has {_listed(found)}."
@@ -160,9 +172,28 @@ def _select(
     return {name: layer for name, layer in found.items() if name in selected}
 
 
+def _fitting(found: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    """The layers that a pattern names, as it is written where that fits any.
+
+    Only wrappers call a child ``_orig_mod``, so a pattern need not name these parts. A ``module``
+    may be the model's own, so it is overlooked only if nothing fits otherwise.
+    """
+    for shorten, short in (
+        (without_private_parts, pattern),
+        (without_wrappers, without_wrappers(pattern)),
+    ):
+        fitting = {
+            name: found[name]
+            for each, name in by_unwrapped_name(found, shorten).items()
+            if _fits(each, short) or _fits(name, short)
+        }
+        if fitting:
+            return fitting
+    return {}
+
+
 def _fits(name: str, pattern: str) -> bool:
-    pairs = ((name, pattern), (without_wrappers(name), without_wrappers(pattern)))
-    return any(n == p or n.startswith(f"{p}.") or fnmatchcase(n, p) for n, p in pairs)
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 
 
 def _listed(found: dict[str, nn.Module]) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from numbers import Real
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -21,6 +23,7 @@ from batchnorm.torch_internals import is_real
 STATISTICS = (("running_mean", "running_var"), ("moving_mean", "moving_var"))
 """Names of a mean and a variance: torch's, and those of the d2l book."""
 COUNTER = "num_batches_tracked"
+_Default = TypeVar("_Default", float, None)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -29,7 +32,7 @@ def is_batch_norm(module: nn.Module) -> bool:
         return True
     return (
         names_of_statistics(module) is not None
-        and type(module).forward is not nn.Module.forward
+        and _computes(module)
         and obstacle_to_likeness(module) is None
     )
 
@@ -72,12 +75,16 @@ def obstacle_to_likeness(module: nn.Module) -> str | None:
     Returns:
         The reason; None also for a module that has nothing of the kind.
     """
-    if isinstance(module, _BatchNorm) or type(module).forward is nn.Module.forward:
+    if isinstance(module, _BatchNorm) or not _computes(module):
         return None  # A module without a forward of its own only holds tensors.
     for names in STATISTICS:
         present = [name for name in names if isinstance(_own(module, name), Tensor)]
         if not present:
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            return "it is compiled by TorchScript"
+        if type(module).forward is nn.Module.forward:
+            return "it computes in __call__, past its hooks, and has no forward"
         if len(present) == 1:
             (missing,) = set(names) - set(present)
             return f"it keeps {present[0]} but no {missing}"
@@ -93,6 +100,11 @@ def obstacle_to_likeness(module: nn.Module) -> str | None:
             )
         return None
     return None
+
+
+def is_counter(name: str) -> bool:
+    """Tells by its dotted name if a tensor in a ``state_dict`` is a batch counter."""
+    return name.rpartition(".")[2] == COUNTER
 
 
 def count_in(counter: Any) -> int:
@@ -111,23 +123,45 @@ def count_in(counter: Any) -> int:
     if counter.is_complex():
         raise ValueError(f"is {counter.dtype}, and a counter is a whole number")
     if not is_real(counter):
-        raise ValueError("is on the meta device and has no value")
+        where = "on the meta device" if counter.is_meta else "fake"
+        raise ValueError(f"is {where} and has no value")
     value = counter.item()
     if not (math.isfinite(value) and value == int(value) and value >= 0):
         raise ValueError(f"is {value}, and a counter is a whole number from 0")
     return int(value)
 
 
+def eps_of(layer: nn.Module) -> float:
+    """The layer's ``eps``, or torch's default if it does not tell its own."""
+    return number_in(getattr(layer, "eps", None), 1e-5)
+
+
+def number_in(value: Any, default: _Default) -> float | _Default:
+    """Reads a setting of a layer that may be a number or a tensor of one number.
+
+    Args:
+        value: What the layer has.
+        default: Returned for anything else.
+    """
+    if isinstance(value, Tensor):
+        return float(value) if is_real(value) and value.numel() == 1 else default
+    return float(value) if isinstance(value, Real) else default
+
+
 def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields a module's own buffers, and statistics that it keeps as ordinary attributes."""
+    """Yields a module's own buffers; of a look-alike also tensors that are ordinary attributes.
+
+    Those that are computed with gradients are results and no state, unless they are statistics.
+    """
     for name, buffer in module._buffers.items():
         if buffer is not None:
             yield name, buffer
-    if isinstance(module, _BatchNorm):
+    statistics = None if isinstance(module, _BatchNorm) else names_of_statistics(module)
+    if statistics is None:
         return
-    for name in names_of_statistics(module) or ():
-        if name not in module._buffers:
-            yield name, getattr(module, name)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Tensor) and (name in statistics or not value.requires_grad):
+            yield name, value
 
 
 def put_state(module: nn.Module, name: str, tensor: Tensor | None) -> None:
@@ -138,9 +172,10 @@ def put_state(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         vars(module)[name] = tensor
 
 
-def get_state(module: nn.Module, name: str) -> Any:
+def get_state(module: nn.Module, name: str) -> Tensor | None:
     """The tensor that a module has under a name of `state_of` now; None if it has none."""
-    return module._buffers[name] if name in module._buffers else vars(module).get(name)
+    value = module._buffers[name] if name in module._buffers else vars(module).get(name)
+    return value if isinstance(value, Tensor) else None
 
 
 def _own(module: nn.Module, name: str) -> Any:
@@ -149,3 +184,11 @@ def _own(module: nn.Module, name: str) -> Any:
         if name in place:
             return place[name]
     return None
+
+
+def _computes(module: nn.Module) -> bool:
+    """Tells if a module has code of its own, and does not only hold tensors."""
+    if isinstance(module, torch.jit.ScriptModule):  # Its class has no attribute ``forward``.
+        return True
+    kind = type(module)
+    return kind.forward is not nn.Module.forward or kind.__call__ is not nn.Module.__call__

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from batchnorm.moments import Moments, empty, merge_moments
 from batchnorm.nn import functional
 from batchnorm.nn.layers import LAYERS
-from batchnorm.tools.patching import Handle, listen, statistics_of, temporary_attributes
+from batchnorm.tools.patching import (
+    Handle,
+    eps_of,
+    has_accelerated_mark,
+    listen,
+    statistics_of,
+    temporary_attributes,
+)
 
 FEWEST_CHUNKS = 8
 """A spread between fewer chunks says little, so there is no standard error."""
@@ -50,6 +57,7 @@ class MomentCollector:
         name: Name of the layer, for messages.
         layer: A layer with running statistics.
         unbiased: True if it stores the unbiased variance, as torch's layers do.
+        channel_dim: Dimension of the channels in its input: 1, or -1 for the last one.
 
     Attributes:
         normalizes_by_batch: Each call sets what the layer normalizes by.
@@ -57,10 +65,14 @@ class MomentCollector:
         order: Place in the order in which layers were first called; -1 before the first call.
     """
 
-    def __init__(self, name: str, layer: nn.Module, *, unbiased: bool = True) -> None:
+    def __init__(
+        self, name: str, layer: nn.Module, *, unbiased: bool = True, channel_dim: int = 1
+    ) -> None:
         self.name, self.layer, self.unbiased = name, layer, unbiased
-        # Our layers take float64 statistics beside an input of any dtype, others do not.
-        dtype = torch.float64 if isinstance(layer, LAYERS) else None
+        self._channel_dim = channel_dim
+        # Our kernels take float64 statistics beside an input of any dtype, others do not.
+        is_ours = isinstance(layer, LAYERS) or has_accelerated_mark(layer)
+        dtype = torch.float64 if is_ours else None
         self._names = tuple(statistics_of(layer))
         self._mean, self._var = (
             buffer.detach().to(dtype or buffer.dtype, copy=True) for buffer in self.buffers
@@ -100,20 +112,21 @@ class MomentCollector:
         """Takes the input of a call, before the call; those of other threads are not data.
 
         Raises:
-            ValueError: The channels are not in dimension 1.
+            ValueError: The channels are in another dimension.
             StopForward: The layer needs nothing more of this batch.
         """
         if threading.get_ident() != self._thread:
             return
-        if x.dim() < 2 or x.shape[1] != self._mean.numel():
+        if x.dim() < 2 or x.shape[self._channel_dim] != self._mean.numel():
+            where = "dimension 1" if self._channel_dim == 1 else "the last dimension"
             raise ValueError(
                 f"recalibrate: layer {self.name!r} ({type(self.layer).__name__}) must get its "
-                f"{self._mean.numel()} channels in dimension 1, got shape {tuple(x.shape)}; leave "
-                "it out with layers."
+                f"{self._mean.numel()} channels in {where}, got shape {tuple(x.shape)}; leave it "
+                "out with layers."
             )
         if x.numel() > 0:
             with torch.no_grad():
-                self._add(functional.moments(x.detach()))
+                self._add(functional.moments(x.detach().movedim(self._channel_dim, 1)))
         if self._calls_in_batch == self.calls_needed:
             raise StopForward
 
@@ -151,8 +164,8 @@ class MomentCollector:
 
     @property
     def eps(self) -> float:
-        """The layer's, or torch's default if it does not tell its own."""
-        return getattr(self.layer, "eps", 1e-5)
+        """See `patching.eps_of`."""
+        return eps_of(self.layer)
 
 
 def collecting(collectors: Iterable[MomentCollector]) -> Handle:

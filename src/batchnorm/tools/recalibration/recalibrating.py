@@ -86,9 +86,9 @@ def recalibrate(
     statistics. A model in evaluation mode has no frozen layers. A subclass must take its channels
     in dimension 1, as torch's layers do. Layers that only look like batch norm are recalibrated if
     they normalize by the batch in training and by their statistics in evaluation, which a copy of
-    the layer is tried for; their variance stays biased if they store that one. Code that
-    ``torch.compile`` made is not used. A layer of bfloat16 normalizes by moments rounded to
-    bfloat16, as in evaluation.
+    the layer is tried for; their channels may be in the last dimension, and their variance stays
+    biased if they store that one. Code that ``torch.compile`` made is not used. A layer of bfloat16
+    normalizes by moments rounded to bfloat16, as in evaluation.
 
     Where ``torch.distributed`` is initialized, all ranks call this, and get the moments of the data
     of all; a rank may have fewer batches, or none. No rank waits for another inside of a pass, so
@@ -146,7 +146,7 @@ def recalibrate(
     with AllRanks() as ranks:
         _check_numbers(max_samples, tolerance)
         _check_batches(batches, sequential=sequential)
-        collectors, left = _collectors(model, layers)
+        collectors, left, passed = _collectors(model, layers)
         _check_alike(ranks.share((tuple(collectors), sequential)))
         feeder = Feeder(model, batches, forward or call, max_samples, progress)
         outcome = Outcome()
@@ -159,14 +159,14 @@ def recalibrate(
         changes = tuple(_change(collector, outcome) for collector in reached)
         with uninterrupted():
             _write(reached, outcome, ranks)
-    if not reached and (collectors or left):
+    if not reached and (collectors or left):  # Of those that are passed over a warning spoke.
         reasons = {**left, **dict.fromkeys(collectors, "no batch reached it")}
         name, reason = next(iter(reasons.items()))
         more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
         warn(f"recalibrate: nothing was recalibrated; layer {name!r}: {reason}{more}.")
     return Recalibration(
         layers=changes,
-        left=left,
+        left={**left, **passed},
         unreached=tuple(name for name in collectors if name not in outcome.new),
         samples=outcome.samples,
         batches=outcome.batches,
@@ -211,31 +211,35 @@ def _described(names: tuple[str, ...], sequential: bool) -> str:
 
 def _collectors(
     model: nn.Module, layers: LayerSelection
-) -> tuple[dict[str, MomentCollector], dict[str, str]]:
-    """Returns a collector for each layer to recalibrate, and the reason for each other one."""
+) -> tuple[dict[str, MomentCollector], dict[str, str], dict[str, str]]:
+    """Returns a collector for each layer to recalibrate, and the reason for each other one.
+
+    The reasons of layers that it passes over with a warning come last.
+    """
     collectors, left, passed = {}, {}, {}
     for name, layer in batch_norms(model, layers, caller="recalibrate").items():
         reason, behavior = _obstacle(model, layer), None
         if reason is None and not isinstance(layer, _BatchNorm):
             behavior = probe(layer)
             reason = behavior.evaluates_without_grad or behavior.trains
-            if reason is not None:
-                passed[name] = reason
         if reason is None:
             _check_values(name, layer)
-            unbiased = behavior is None or behavior.stores_unbiased
-            collectors[name] = MomentCollector(name, layer, unbiased=unbiased)
+            collectors[name] = MomentCollector(
+                name,
+                layer,
+                unbiased=behavior is None or behavior.stores_unbiased,
+                channel_dim=1 if behavior is None else behavior.channel_dim,
+            )
         else:
-            left[name] = reason
+            (left if behavior is None else passed)[name] = reason
     pass_over(model, passed, layers, caller="recalibrate")
-    left |= unlike(model, layers)
     if collectors:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):
                 raise ValueError(
                     f"recalibrate: {name} is lazy and has no shape yet; call the model once before."
                 )
-    return collectors, left
+    return collectors, left, {**passed, **unlike(model, layers)}
 
 
 def _check_values(name: str, layer: nn.Module) -> None:
