@@ -1,10 +1,12 @@
 """How tensors are seen by the compiled kernels, and where the bits of a mask lie."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from batchnorm.kernels.compiled import tiles
 from batchnorm.kernels.geometry import SHORT, geometry_of, is_channels_last, mask_size, pack, unpack
 from cases import SHAPES, laid_out
 
@@ -82,16 +84,17 @@ def test_tiles_are_whole_vectors_of_channels_and_fit_into_the_scratch_memory(sha
     geometry = geometry_of(torch.zeros(shape))
     assert geometry.tiles > 1
     assert geometry.slabs == geometry.fold == 1
-    whole = geometry.channels // 64
-    bounds = [whole * tile // geometry.tiles * 64 for tile in range(geometry.tiles)]
-    bounds.append(geometry.channels)
+    task = SimpleNamespace(tiles=geometry.tiles, all_channels=geometry.channels)
+    bounds = [tiles.first_channel.py_func(task, index) for index in range(geometry.tiles + 1)]
+    assert bounds[-1] == geometry.channels
+    assert not any(bound % 64 for bound in bounds[:-1])
     widths = [last - first for first, last in pairwise(bounds)]
     assert min(widths) >= 64
-    assert max(widths) * geometry.repeat <= geometry.widest
+    assert max(widths) <= geometry.widest
 
 
 @pytest.mark.parametrize("shape", [(2, 1000), (1568, 512), (8192, 4096), (32, 64, 4, 4)])
 def test_tall_or_narrow_matrices_stay_whole(shape):
     geometry = geometry_of(torch.zeros(shape))
     assert geometry.tiles == 1
-    assert geometry.widest == shape[1] * geometry.repeat * geometry.fold
+    assert geometry.widest == shape[1]

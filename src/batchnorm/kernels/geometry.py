@@ -60,10 +60,8 @@ class Geometry(NamedTuple):
 
     @property
     def widest(self) -> int:
-        """Columns of the widest tile; its channels are whole vectors, and the last has the rest."""
-        whole, rest = divmod(self.channels, WIDE)
-        channels = self.channels if self.tiles == 1 else -(-whole // self.tiles) * WIDE + rest
-        return self.fold * channels * self.repeat
+        """The most channels of a tile, each of which begins at a whole vector."""
+        return self.channels if self.tiles == 1 else -(-self.channels // self.tiles) + WIDE
 
 
 def is_channels_last(x: Tensor) -> bool:

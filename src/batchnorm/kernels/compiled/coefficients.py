@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from batchnorm.kernels.compiled.channel_sums import SUM_GRAD, SUM_GRAD_X_HAT
-from batchnorm.kernels.compiled.channels import (
-    load_few,
-    rounded_like,
-    size_of,
-    square_root,
-    store_few,
-    where_zero,
-)
 from batchnorm.kernels.compiled.elements import array_at
 from batchnorm.kernels.compiled.numba_internals import inlined, jitted
-from batchnorm.kernels.compiled.vectors import FEW, broadcast, load, zero_vector_like
+from batchnorm.kernels.compiled.vectors import broadcast, load
 
 
 class Coefficients(NamedTuple):
@@ -90,118 +83,93 @@ def in_all_lanes(numbers, zero):
 
 
 @jitted
-def prepare(task, coefficients, weight, bias, first, last, origin, zero):
-    """Writes the coefficients of `maps.normalize` of some channels, from mean and variance.
-
-    Those of channel ``c`` go into column ``c - origin``; `spread` copies them to the others.
-    ``zero`` has as many numbers as are computed at a time.
-    """
-    size = size_of(zero)
-    for c in range(first, last, size):
-        count, k = min(size, last - c), c - origin
-        mean, inv_std = _statistic(task, task.mean, c, count, zero), _inv_std(task, c, count, zero)
-        scale = _scale(task, inv_std, weight, c, count, zero)
-        shift = load_few(bias, 0, c, count, zero) if task.bias else zero
-        store_few(coefficients, CENTER, k, count, mean)
-        store_few(coefficients, INV_STD, k, count, inv_std)
-        store_few(coefficients, SCALE, k, count, scale)
-        rounding = rounded_like(mean, coefficients) - mean
+def prepare(task, coefficients, weight, bias, first, last):
+    """Writes the coefficients of `maps.normalize` of some channels, from mean and variance."""
+    means, narrow_means = _in_both_dtypes(task.mean, first, last)
+    variances, narrow_variances = _in_both_dtypes(task.var, first, last)
+    in_float32, eps = task.statistics_in_float32 != 0, task.eps
+    weight, has_weight = weight[first:last], task.weight != 0
+    bias, has_bias = bias[first:last], task.bias != 0
+    center, inv_std = coefficients[CENTER, first:last], coefficients[INV_STD, first:last]
+    scale, offset = coefficients[SCALE, first:last], coefficients[OFFSET, first:last]
+    for c in range(last - first):
+        mean = float(narrow_means[c]) if in_float32 else means[c]
+        var = float(narrow_variances[c]) if in_float32 else variances[c]
+        exact_inv_std = 1 / math.sqrt(var + eps)
+        exact_scale = exact_inv_std * (float(weight[c]) if has_weight else 1.0)
+        shift = float(bias[c]) if has_bias else 0.0
+        center[c] = mean
+        inv_std[c] = exact_inv_std
+        scale[c] = exact_scale
+        rounding = float(center[c]) - mean
         # An infinite scale times a rounding of zero would be NaN.
-        offset = where_zero(rounding, shift, rounding * scale + shift)
-        store_few(coefficients, OFFSET, k, count, offset)
+        offset[c] = rounding * exact_scale + shift if rounding != 0 else shift
 
 
 @jitted
-def spread(coefficients, first, last, channels, repeat):
-    """Copies some rows of coefficients from the last columns, one a channel, to all columns.
-
-    From the left to the right, no column is overwritten before it has been read.
-    """
-    width, zero = coefficients.shape[1], zero_vector_like(coefficients, FEW)
-    for start in range(0, width, repeat):
-        source = width - channels + start // repeat % channels
-        for row in range(first, last):
-            number = coefficients[row, source] + zero
-            for k in range(start, start + repeat, FEW):
-                store_few(coefficients, row, k, min(FEW, start + repeat - k), number)
+def _in_both_dtypes(address, first, last):
+    """Returns a vector of some channels as if it were float64, and as if it were float32."""
+    shape = (last - first,)
+    wide = array_at(address + 8 * first, shape, np.float64)
+    return wide, array_at(address + 4 * first, shape, np.float32)
 
 
 @jitted
-def take_means(task, partial, coefficients, weight, first, last, origin, merges, zero):
-    """Writes the coefficients of the means of the gradient, which the caller may have merged.
-
-    If this call ``merges``, it writes the sums of the gradient first and takes the means of those.
-    """
-    size = size_of(zero)
-    for c in range(first, last, size):
-        count = min(size, last - c)
-        inv_std = _inv_std(task, c, count, zero)
-        error = _center_error(task, coefficients, inv_std, c, count, zero)
-        scale = _scale(task, inv_std, weight, c, count, zero)
-        if merges:
-            means = _merge_grads(task, partial, coefficients, error, c, c - origin, count, zero)
-        else:
-            means = _means(task, c, count, zero)
-        _set_means(coefficients, c - origin, count, scale, error, means)
+def spread(numbers, coefficients, rows, repeat):
+    """Copies some rows of coefficients, one number a channel, to all columns of each channel."""
+    channels, width = numbers.shape[1], coefficients.shape[1]
+    for row in range(rows):
+        for start in range(0, width, channels * repeat):
+            for c in range(channels):
+                for k in range(start + c * repeat, start + (c + 1) * repeat):
+                    coefficients[row, k] = numbers[row, c]
 
 
 @jitted
-def _merge_grads(task, partial, coefficients, error, c, k, count, zero):
-    sum_grad = load_few(partial, SUM_GRAD, k, count, zero)
-    # The loops computed ``x_hat`` about ``center``.
-    sum_grad_x_hat = load_few(partial, SUM_GRAD_X_HAT, k, count, zero) + error * sum_grad
-    _store_sum(task, task.sum_grad, coefficients, c, count, sum_grad)
-    _store_sum(task, task.sum_grad_x_hat, coefficients, c, count, sum_grad_x_hat)
-    total = float(task.count)
-    return sum_grad / total, sum_grad_x_hat / total
+def merge_grads(task, partial, coefficients, first, last):
+    """Writes the sums of the gradient of some channels, and the coefficients of their means."""
+    sums, sums_x_hat = partial[SUM_GRAD, first:last], partial[SUM_GRAD_X_HAT, first:last]
+    means, _ = _in_both_dtypes(task.mean, first, last)
+    center, inv_std = coefficients[CENTER, first:last], coefficients[INV_STD, first:last]
+    for c in range(last - first):
+        # The loops computed ``x_hat`` about ``center``.
+        sums_x_hat[c] += (float(center[c]) - means[c]) * float(inv_std[c]) * sums[c]
+    _write(task.sum_grad, task.sums_as_number, coefficients, sums, first)
+    _write(task.sum_grad_x_hat, task.sums_as_number, coefficients, sums_x_hat, first)
+    _set_means(task, coefficients, sums, sums_x_hat, 1 / task.count, first, last)
 
 
 @jitted
-def _store_sum(task, address, coefficients, c, count, value):
-    shape = (1, task.channels)
-    if task.sums_as_number:
-        store_few(array_at(address, shape, coefficients.dtype), 0, c, count, value)
+def _write(address, as_number, coefficients, sums, first):
+    shape = (first + len(sums),)
+    if as_number:
+        narrow = array_at(address, shape, coefficients.dtype)[first:]
+        for c in range(len(sums)):
+            narrow[c] = sums[c]
     else:
-        store_few(array_at(address, shape, np.float64), 0, c, count, value)
+        wide = array_at(address, shape, np.float64)[first:]
+        for c in range(len(sums)):
+            wide[c] = sums[c]
 
 
 @jitted
-def _means(task, c, count, zero):
-    shape = (1, task.channels)
-    mean_grad = load_few(array_at(task.mean_grad, shape, np.float64), 0, c, count, zero)
-    mean_grad_x_hat = load_few(array_at(task.mean_grad_x_hat, shape, np.float64), 0, c, count, zero)
-    return mean_grad, mean_grad_x_hat
+def take_means(task, coefficients, first, last):
+    """Writes the coefficients of some channels from means that the caller has merged."""
+    mean_grad, _ = _in_both_dtypes(task.mean_grad, first, last)
+    mean_grad_x_hat, _ = _in_both_dtypes(task.mean_grad_x_hat, first, last)
+    _set_means(task, coefficients, mean_grad, mean_grad_x_hat, 1.0, first, last)
 
 
 @jitted
-def _set_means(coefficients, k, count, scale, error, means):
-    mean_grad, mean_grad_x_hat = means
-    minus = -1.0 * rounded_like(scale, coefficients)
-    store_few(coefficients, X_HAT_FACTOR, k, count, minus * mean_grad_x_hat)
-    store_few(coefficients, CONSTANT, k, count, minus * (mean_grad + error * mean_grad_x_hat))
-
-
-@jitted
-def _center_error(task, coefficients, inv_std, c, count, zero):
-    """Returns the distance of ``center`` from the exact mean, in standard deviations."""
-    mean = _statistic(task, task.mean, c, count, zero)
-    return (rounded_like(mean, coefficients) - mean) * inv_std
-
-
-@jitted
-def _scale(task, inv_std, weight, c, count, zero):
-    return inv_std * load_few(weight, 0, c, count, zero) if task.weight else inv_std
-
-
-@jitted
-def _inv_std(task, c, count, zero):
-    return 1.0 / square_root(_statistic(task, task.var, c, count, zero) + task.eps)
-
-
-@jitted
-def _statistic(task, address, c, count, zero):
-    """Mean or variance of some channels."""
-    shape = (1, task.channels)
-    if task.statistics_in_float32:
-        return load_few(array_at(address, shape, np.float32), 0, c, count, zero)
-    return load_few(array_at(address, shape, np.float64), 0, c, count, zero)
+def _set_means(task, coefficients, sums, sums_x_hat, share, first, last):
+    """Writes the coefficients of the means, which are sums times ``share``."""
+    means, _ = _in_both_dtypes(task.mean, first, last)
+    center, inv_std = coefficients[CENTER, first:last], coefficients[INV_STD, first:last]
+    scale, x_hat_factor = coefficients[SCALE, first:last], coefficients[X_HAT_FACTOR, first:last]
+    constant = coefficients[CONSTANT, first:last]
+    for c in range(last - first):
+        error = (float(center[c]) - means[c]) * float(inv_std[c])
+        mean_grad, mean_grad_x_hat = share * sums[c], share * sums_x_hat[c]
+        minus = -float(scale[c])
+        x_hat_factor[c] = minus * mean_grad_x_hat
+        constant[c] = minus * (mean_grad + error * mean_grad_x_hat)

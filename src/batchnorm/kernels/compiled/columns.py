@@ -6,23 +6,20 @@ cross the right edge, so some columns may be computed twice, with the same resul
 than `FEW` is computed column by column.
 
 The kernels apply slabs in reverse: the last rows are still cached.
-
-A matrix of few rows and many columns is cut into *tiles*, each some neighboring channels. A thread
-does all steps for one tile after the other, while its caches hold the tile's rows, sums and
-coefficients. Sums and coefficients of a tile begin at column 0 of their arrays.
 """
 
 from __future__ import annotations
 
 from batchnorm.kernels.compiled import rows, stripes
 from batchnorm.kernels.compiled.channel_sums import (
+    COUNT,
+    LINEAR,
+    SHIFT,
+    SUM_GRAD,
+    SUM_GRAD_X_HAT,
     ShiftedSums,
-    add_grads,
-    merged,
-    set_moments,
-    sums_of_columns,
+    add_moments,
 )
-from batchnorm.kernels.compiled.channels import count_larger, load_few, store_few
 from batchnorm.kernels.compiled.elements import number_like
 from batchnorm.kernels.compiled.maps import BackwardOptions, ForwardOptions, Tensors
 from batchnorm.kernels.compiled.numba_internals import jitted
@@ -37,47 +34,48 @@ FLOAT32_ROWS = 128
 PROBE_ROWS = 8
 # Rows that are summed at a time, to load and store sums less often. docs/decisions/0007: columns
 UNROLL = 8
-# Sums of some rows: their centers, and two sums.
-WORK_ROWS = 3
 
 
 @jitted
-def collect(x, begin, partials, work, slab):
-    """Collects sums of one slab of rows, in the tile that begins at column ``begin``."""
+def collect(x, partials, work, slab):
+    """Collects sums of one slab of rows."""
     if x.shape[1] < FEW:
         one = number_like(x, 0)
-        _collect(x, begin, partials, work, slab, (1, 1), (one, one))
+        _collect(x, partials, work, slab, (1, 1), (one, one))
     else:
         vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
-        _collect(x, begin, partials, work, slab, (LANES, FEW), vectors)
+        _collect(x, partials, work, slab, (LANES, FEW), vectors)
 
 
 @jitted
-def _collect(x, begin, partials, work, slab, lanes, vectors):
+def _collect(x, partials, work, slab, lanes, vectors):
     """Accumulates deviations from provisional means.
 
     It repeats with the means of the rows if the two are more than a standard deviation apart.
     """
     first, last = _rows_of(slab, len(partials), x)
-    partial, zero = partials[slab], zero_vector_like(partials, FEW)
+    partial = partials[slab]
+    partial[:] = 0
     for start in range(first, last, FLOAT32_ROWS):
         stop = min(start + FLOAT32_ROWS, last)
         if start == first:
             few = min(start + PROBE_ROWS, stop)
             work[0, :] = 0
-            _deviate(x, begin, start, few, work, lanes, vectors)
-            _move_centers(work, few - start, zero)
+            _deviate(x, start, few, work, lanes, vectors)
+            _move_centers(work, few - start)
         else:
-            _center_on_means(partial, work, zero)
-        _deviate(x, begin, start, stop, work, lanes, vectors)
-        if _is_far_off(work, stop - start, zero):
-            _move_centers(work, stop - start, zero)
-            _deviate(x, begin, start, stop, work, lanes, vectors)
-        _merge_rows(partial, work, stop - start, start == first, zero)
+            share = 1 / partial[COUNT, 0]
+            for k in range(work.shape[1]):
+                work[0, k] = partial[SHIFT, k] + partial[LINEAR, k] * share
+        _deviate(x, start, stop, work, lanes, vectors)
+        if _is_far_off(work, stop - start):
+            _move_centers(work, stop - start)
+            _deviate(x, start, stop, work, lanes, vectors)
+        _merge_rows(partial, work, stop - start)
 
 
 @jitted
-def _deviate(x, begin, start, stop, work, lanes, vectors):
+def _deviate(x, start, stop, work, lanes, vectors):
     """Sums ``x - work[0]`` and its square over some rows, in ``work[1]`` and ``work[2]``."""
     width = work.shape[1]
     wide = _columns_of_wide(width, lanes)
@@ -85,110 +83,67 @@ def _deviate(x, begin, start, stop, work, lanes, vectors):
     for row in range(start, stop, UNROLL):
         end = min(row + UNROLL, stop)
         for k in range(0, wide, lanes[0]):
-            stripes.add_deviations(x, begin, row, end, k, 0, work, vectors[0])
+            stripes.add_deviations(x, row, end, k, 0, work, vectors[0])
         for left in range(wide, width, lanes[1]):
             k = min(left, width - lanes[1])
-            stripes.add_deviations(x, begin, row, end, k, left - k, work, vectors[1])
+            stripes.add_deviations(x, row, end, k, left - k, work, vectors[1])
 
 
 @jitted
-def _move_centers(work, count, zero):
+def _move_centers(work, count):
     """Moves the centers to the means of ``count`` rows whose sums are known."""
-    width, rows = work.shape[1], float(count)
-    for k in range(0, width, FEW):
-        few = min(FEW, width - k)
-        rest = load_few(work, 1, k, few, zero) / rows
-        store_few(work, 0, k, few, load_few(work, 0, k, few, zero) + rest)
+    for k in range(work.shape[1]):
+        work[0, k] += work[1, k] / count
 
 
 @jitted
-def _center_on_means(partial, work, zero):
-    """Sets the centers to the means of the rows that have been merged."""
-    width = work.shape[1]
-    for k in range(0, width, FEW):
-        few = min(FEW, width - k)
-        sums = sums_of_columns(partial, k, few, zero)
-        store_few(work, 0, k, few, sums.shift + sums.linear / sums.count)
-
-
-@jitted
-def _is_far_off(work, count, zero):
+def _is_far_off(work, count):
     """Returns whether a mean is more than a standard deviation from its center.
 
     The squares would cancel.
     """
-    far, width, rows = 0, work.shape[1], float(count)
-    for k in range(0, width, FEW):
-        few = min(FEW, width - k)
-        linear, squares = load_few(work, 1, k, few, zero), load_few(work, 2, k, few, zero)
-        far += count_larger(2.0 * linear * linear, rows * squares, few)
-    return far > 0
+    is_far = False
+    for k in range(work.shape[1]):
+        linear, squares = float(work[1, k]), float(work[2, k])
+        is_far |= 2 * linear * linear > squares * count
+    return is_far
 
 
 @jitted
-def _merge_rows(partial, work, count, is_first, zero):
+def _merge_rows(partial, work, count):
     """Merges the sums of ``count`` rows about their centers into those of the slab."""
-    width = work.shape[1]
-    for k in range(0, width, FEW):
-        few = min(FEW, width - k)
-        center, linear = load_few(work, 0, k, few, zero), load_few(work, 1, k, few, zero)
-        squares = load_few(work, 2, k, few, zero)
-        sums = ShiftedSums(zero + float(count), center, linear, squares)
-        if not is_first:
-            sums = merged(sums_of_columns(partial, k, few, zero), sums)
-        set_moments(partial, k, few, sums)
-
-
-@jitted
-def tiles_of(task, thread, team):
-    """Returns a thread's tiles; the only tile of a matrix belongs to all threads."""
-    return (0, 1) if task.tiles == 1 else share(task.tiles, thread, team)
-
-
-@jitted
-def channels_of(task, tile):
-    """Returns the first and last channel of a tile, whose columns begin at a cache line."""
-    whole = task.channels // LANES
-    first = whole * tile // task.tiles * LANES
-    last = whole * (tile + 1) // task.tiles * LANES
-    return first, last if tile + 1 < task.tiles else task.channels
+    for k in range(partial.shape[1]):
+        sums = ShiftedSums(float(count), float(work[0, k]), float(work[1, k]), float(work[2, k]))
+        add_moments(partial, k, sums)
 
 
 @jitted
 def shares(task, width, thread, team):
-    """Returns the slabs that a thread collects and applies, and the columns that it merges.
+    """Returns the channels and the columns that a thread merges.
 
-    All of them if the threads share tiles. One thread merges all columns if a channel has several.
+    One thread does all if a channel has several columns.
     """
-    if task.tiles > 1:
-        return (0, task.slabs), (0, width)
-    slabs = share(task.slabs, thread, team)
     if width == task.channels:
-        return slabs, share(width, thread, team)
-    return slabs, (0, width if thread == 0 else 0)
+        channels = share(width, thread, team)
+        return channels, channels
+    if thread == 0:
+        return (0, task.channels), (0, width)
+    return (0, 0), (0, 0)
 
 
 @jitted
-def channels_in(task, origin, columns):
-    """Returns the channels of some columns of the tile that begins at channel ``origin``."""
-    per_channel = task.fold * task.repeat
-    return origin + columns[0] // per_channel, origin + columns[1] // per_channel
-
-
-@jitted
-def normalize(task, tensors, begin, coefficients, slab):
-    """Writes ``y`` of one slab, in the tile that begins at column ``begin``."""
+def normalize(task, tensors, coefficients, slab):
+    """Writes ``y`` of one slab."""
     x = tensors.x
     first, last = _rows_of(slab, task.slabs, x)
     if x.shape[1] < FEW:
         one = number_like(x, 0)
-        passed = _without_mask(tensors)
-        _normalize(task, passed, begin, coefficients, first, last, (1, 1), (one, one))
+        _normalize(task, _without_mask(tensors), coefficients, first, last, (1, 1), (one, one))
         if task.mask:
             _store_passes(tensors.y, tensors.mask, first, last)
     else:
         vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
-        _normalize(task, tensors, begin, coefficients, first, last, (LANES, FEW), vectors)
+        _normalize(task, tensors, coefficients, first, last, (LANES, FEW), vectors)
 
 
 @jitted
@@ -213,36 +168,34 @@ def _with_grad(tensors, grad):
 
 
 @jitted
-def _normalize(task, tensors, begin, coefficients, first, last, lanes, vectors):
+def _normalize(task, tensors, coefficients, first, last, lanes, vectors):
     width = coefficients.shape[1]
     wide = _columns_of_wide(width, lanes)
     streamed = is_streamed(tensors.x, tensors.y, task.collected)
     options = ForwardOptions(task.relu != 0, task.mask != 0, streamed)
     for r in range(first, last):
         for k in range(0, wide, lanes[0]):
-            stripes.normalize(tensors, begin, coefficients, options, r, k, 0, vectors[0])
+            stripes.normalize(tensors, coefficients, options, r, k, 0, vectors[0])
         for left in range(wide, width, lanes[1]):
             k = min(left, width - lanes[1])
-            stripes.normalize(tensors, begin, coefficients, options, r, k, left - k, vectors[1])
+            stripes.normalize(tensors, coefficients, options, r, k, left - k, vectors[1])
     if streamed:
         finish_streams()
 
 
 @jitted
-def grad_sums(task, tensors, begin, partials, coefficients, work, slab):
+def grad_sums(task, tensors, partials, coefficients, work, slab):
     """Sums the gradient before the ReLU; with a mask, writes it to ``grad_before_relu``."""
     x = tensors.x
     gated = task.relu != 0 and tensors.mask is None
     if x.shape[1] >= FEW:
         vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
-        _grad_sums(
-            task, gated, tensors, begin, partials, coefficients, work, slab, (LANES, FEW), vectors
-        )
+        _grad_sums(task, gated, tensors, partials, coefficients, work, slab, (LANES, FEW), vectors)
         return
     first, last = _rows_of(slab, len(partials), x)
     grad = _where_passed(tensors.grad, tensors.mask, tensors.grad_before_relu, first, last)
     one, passed = number_like(x, 0), _with_grad(tensors, grad)
-    _grad_sums(task, gated, passed, begin, partials, coefficients, work, slab, (1, 1), (one, one))
+    _grad_sums(task, gated, passed, partials, coefficients, work, slab, (1, 1), (one, one))
 
 
 @jitted
@@ -256,48 +209,48 @@ def _where_passed(grad, mask, result, first, last):
 
 
 @jitted
-def _grad_sums(task, gated, tensors, begin, partials, coefficients, work, slab, lanes, vectors):
+def _grad_sums(task, gated, tensors, partials, coefficients, work, slab, lanes, vectors):
     x, partial = tensors.x, partials[slab]
     first, last = _rows_of(slab, len(partials), x)
     width = work.shape[1]
     wide = _columns_of_wide(width, lanes)
     streamed = tensors.mask is not None and is_streamed(x, tensors.grad_before_relu, task.collected)
     options = BackwardOptions(gated, task.fixed != 0, streamed)
-    partial[:2, :] = 0
+    partial[:] = 0
     for start in range(first, last, FLOAT32_ROWS):
         stop = min(start + FLOAT32_ROWS, last)
-        work[:2, :] = 0
+        work[:] = 0
         for row in range(start, stop, UNROLL):
             end = min(row + UNROLL, stop)
             for k in range(0, wide, lanes[0]):
-                stripes.add_grads(
-                    tensors, begin, coefficients, options, row, end, k, 0, work, vectors[0]
-                )
+                stripes.add_grads(tensors, coefficients, options, row, end, k, 0, work, vectors[0])
             for left in range(wide, width, lanes[1]):
                 k = min(left, width - lanes[1])
                 stripes.add_grads(
-                    tensors, begin, coefficients, options, row, end, k, left - k, work, vectors[1]
+                    tensors, coefficients, options, row, end, k, left - k, work, vectors[1]
                 )
-        add_grads(partial, work, 0, width, zero_vector_like(partial, FEW))
+        for k in range(width):
+            partial[SUM_GRAD, k] += work[0, k]
+            partial[SUM_GRAD_X_HAT, k] += work[1, k]
     if streamed:
         finish_streams()
 
 
 @jitted
-def grad_input(task, tensors, begin, coefficients, slab):
+def grad_input(task, tensors, coefficients, slab):
     """Writes ``grad_x`` of one slab. With a mask, `grad_sums` has written the gradient to use."""
     x = tensors.x
     passed = _with_grad(tensors, tensors.grad_before_relu if task.mask else tensors.grad)
     if x.shape[1] < FEW:
         one = number_like(x, 0)
-        _grad_input(task, passed, begin, coefficients, slab, (1, 1), (one, one))
+        _grad_input(task, passed, coefficients, slab, (1, 1), (one, one))
     else:
         vectors = zero_vector_like(x, LANES), zero_vector_like(x, FEW)
-        _grad_input(task, passed, begin, coefficients, slab, (LANES, FEW), vectors)
+        _grad_input(task, passed, coefficients, slab, (LANES, FEW), vectors)
 
 
 @jitted
-def _grad_input(task, tensors, begin, coefficients, slab, lanes, vectors):
+def _grad_input(task, tensors, coefficients, slab, lanes, vectors):
     first, last = _rows_of(slab, task.slabs, tensors.x)
     width = coefficients.shape[1]
     wide = _columns_of_wide(width, lanes)
@@ -305,10 +258,10 @@ def _grad_input(task, tensors, begin, coefficients, slab, lanes, vectors):
     options = BackwardOptions(task.relu != 0 and task.mask == 0, task.fixed != 0, streamed)
     for r in range(first, last):
         for k in range(0, wide, lanes[0]):
-            stripes.grad_input(tensors, begin, coefficients, options, r, k, vectors[0])
+            stripes.grad_input(tensors, coefficients, options, r, k, vectors[0])
         for left in range(wide, width, lanes[1]):
             k = min(left, width - lanes[1])
-            stripes.grad_input(tensors, begin, coefficients, options, r, k, vectors[1])
+            stripes.grad_input(tensors, coefficients, options, r, k, vectors[1])
     if streamed:
         finish_streams()
 

@@ -21,7 +21,7 @@ from batchnorm.kernels.compiled.channel_sums import (
 from batchnorm.kernels.compiled.coefficients import (
     OFFSET,
     ROWS,
-    X_HAT_FACTOR,
+    merge_grads,
     prepare,
     spread,
     take_means,
@@ -36,10 +36,11 @@ from batchnorm.kernels.compiled.task import (
     MERGE,
     PREPARE,
     TAKE_MEANS,
+    share,
     steps_of,
     task_at,
 )
-from batchnorm.kernels.compiled.vectors import FEW, zero_vector_like
+from batchnorm.kernels.compiled.tiles import by_tiles
 
 
 def _arrays_of(element, number, optional_at):
@@ -61,22 +62,19 @@ def _arrays_of(element, number, optional_at):
     @jitted
     def vectors_of(task):
         """Weight and bias."""
-        shape = (1, task.channels)
+        shape = (task.channels,)
         return array_at(task.weight, shape, number), array_at(task.bias, shape, number)
 
     @jitted
-    def scratch_of(task, width, thread):
-        """Partial sums and coefficients of as many columns, and sums of some rows of a thread.
+    def scratch_of(task, width):
+        """Partial sums of as many columns, coefficients of the channels, and of the columns.
 
-        The first two are the team's, or a thread's own if threads share tiles.
+        The last two are the same if each channel has one column.
         """
-        own = thread * task.widest if task.tiles > 1 else 0
-        at = task.scratch + task.partials + 8 * own * task.slabs * SUMS
-        partials = array_at(at, (task.slabs, SUMS, width), np.float64)
-        at = task.scratch + task.coefficients + 8 * own * ROWS
-        numbers = array_at(at, (ROWS, width), number)
-        at = task.scratch + task.work + 8 * thread * task.widest * columns.WORK_ROWS
-        return partials, numbers, array_at(at, (columns.WORK_ROWS, width), number)
+        partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
+        numbers = array_at(task.scratch + task.coefficients, (ROWS, task.channels), number)
+        at = task.coefficients if width == task.channels else task.spread
+        return partials, numbers, array_at(task.scratch + at, (ROWS, width), number)
 
     return tensors_of, vectors_of, scratch_of
 
@@ -100,7 +98,7 @@ def forward_of_planes(element, number, optional_at):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
         weight, bias = vectors_of(task)
-        partials, numbers, _ = scratch_of(task, task.channels, 0)
+        partials, numbers, _ = scratch_of(task, task.channels)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
         group = planes.channels_at_a_time(task, steps, tensors.x, 1)
@@ -110,10 +108,10 @@ def forward_of_planes(element, number, optional_at):
                 planes.collect(tensors.x, task.channels, partials, sums, first, last, of_slabs)
             if steps & MERGE:
                 samples = array_at(task.x, (task.rows, task.channels, task.length), element)
-                gather_moments(partials, first, last, 0.0)
-                merge_moments(task, samples, partials[0], first, last, 0, 0.0)
+                gather_moments(partials, first, last)
+                merge_moments(task, samples, partials[0], first, last)
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, 0, 0.0)
+                prepare(task, numbers, weight, bias, first, last)
             if steps & APPLY:
                 planes.normalize(task, tensors, numbers, first, last, of_pieces)
 
@@ -129,21 +127,21 @@ def backward_of_planes(element, number, optional_at):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
         weight, bias = vectors_of(task)
-        partials, numbers, _ = scratch_of(task, task.channels, 0)
+        partials, numbers, _ = scratch_of(task, task.channels)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
         group = planes.channels_at_a_time(task, steps, tensors.x, 2)
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, 0, 0.0)
+                prepare(task, numbers, weight, bias, first, last)
             if steps & COLLECT:
                 planes.grad_sums(task, tensors, partials, numbers, sums, first, last, of_slabs)
             if steps & MERGE:
-                gather_grads(partials, first, last, 0.0)
-            if steps & (MERGE | TAKE_MEANS):
-                merges = steps & MERGE != 0
-                take_means(task, partials[0], numbers, weight, first, last, 0, merges, 0.0)
+                gather_grads(partials, first, last)
+                merge_grads(task, partials[0], numbers, first, last)
+            if steps & TAKE_MEANS:
+                take_means(task, numbers, first, last)
             if steps & APPLY:
                 planes.grad_input(task, tensors, numbers, first, last, of_pieces)
 
@@ -154,81 +152,73 @@ def forward_of_columns(element, number, optional_at):
     """Makes the forward kernel of columns."""
     tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
 
-    def forward(pointer, thread, team):
-        task = task_at(pointer)
-        tensors = tensors_of(task, task.rows, task.fold * task.channels * task.repeat)
+    @jitted
+    def forward(task, thread, team):
+        width = task.fold * task.channels * task.repeat
+        of_row = task.fold * task.all_channels * task.repeat
+        tensors = tensors_of(task, task.rows, of_row)
         weight, bias = vectors_of(task)
-        steps, tiles = steps_of(task), columns.tiles_of(task, thread, team)
-        for tile in range(tiles[0], tiles[1]):
-            origin, end = columns.channels_of(task, tile)
-            begin, channels = origin * task.repeat, end - origin
-            width = task.fold * channels * task.repeat
-            # What a channel has one of is in the last columns of the scratch memory.
-            home = origin - (width - channels)
-            partials, numbers, work = scratch_of(task, width, thread)
-            zero = zero_vector_like(partials, FEW)
-            slabs, own = columns.shares(task, width, thread, team)
-            first, last = columns.channels_in(task, origin, own)
-            spreads = first < last and width > channels
-            if steps & COLLECT:
-                for slab in range(slabs[0], slabs[1]):
-                    columns.collect(tensors.x, begin, partials, work, slab)
-            if steps & MERGE:
-                gather_moments(partials, own[0], own[1], zero)
-                if spreads:
-                    gather_columns(partials[0], channels, task.repeat, zero)
-                shape = (task.rows * task.fold, task.channels, task.repeat)
-                samples = array_at(task.x, shape, element)
-                merge_moments(task, samples, partials[0], first, last, home, zero)
-            if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, home, zero)
-                if spreads:
-                    spread(numbers, 0, OFFSET + 1, channels, task.repeat)
-            if steps & APPLY:
-                for slab in range(slabs[1] - 1, slabs[0] - 1, -1):
-                    columns.normalize(task, tensors, begin, numbers, slab)
+        partials, numbers, of_columns = scratch_of(task, width)
+        work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
+        steps = steps_of(task)
+        channels, own = columns.shares(task, width, thread, team)
+        spreads = channels[1] > 0 and width > task.channels
+        from_slab, to_slab = share(task.slabs, thread, team)
+        if steps & COLLECT:
+            for slab in range(from_slab, to_slab):
+                columns.collect(tensors.x, partials, work, slab)
+        if steps & MERGE:
+            gather_moments(partials, own[0], own[1])
+            if spreads:
+                gather_columns(partials[0], task.channels, task.repeat)
+            shape = (task.rows * task.fold, task.all_channels, task.repeat)
+            samples = array_at(task.x, shape, element)
+            merge_moments(task, samples, partials[0], channels[0], channels[1])
+        if steps & PREPARE:
+            prepare(task, numbers, weight, bias, channels[0], channels[1])
+            if spreads:
+                spread(numbers, of_columns, OFFSET + 1, task.repeat)
+        if steps & APPLY:
+            for slab in range(to_slab - 1, from_slab - 1, -1):
+                columns.normalize(task, tensors, of_columns, slab)
 
-    return forward
+    return by_tiles(forward, element, number)
 
 
 def backward_of_columns(element, number, optional_at):
     """Makes the backward kernel of columns."""
     tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
 
-    def backward(pointer, thread, team):
-        task = task_at(pointer)
-        tensors = tensors_of(task, task.rows, task.fold * task.channels * task.repeat)
+    @jitted
+    def backward(task, thread, team):
+        width = task.fold * task.channels * task.repeat
+        of_row = task.fold * task.all_channels * task.repeat
+        tensors = tensors_of(task, task.rows, of_row)
         weight, bias = vectors_of(task)
-        steps, tiles = steps_of(task), columns.tiles_of(task, thread, team)
-        for tile in range(tiles[0], tiles[1]):
-            origin, end = columns.channels_of(task, tile)
-            begin, channels = origin * task.repeat, end - origin
-            width = task.fold * channels * task.repeat
-            # What a channel has one of is in the last columns of the scratch memory.
-            home = origin - (width - channels)
-            partials, numbers, work = scratch_of(task, width, thread)
-            zero = zero_vector_like(partials, FEW)
-            slabs, own = columns.shares(task, width, thread, team)
-            first, last = columns.channels_in(task, origin, own)
-            spreads = first < last and width > channels
-            if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last, home, zero)
-                if spreads:
-                    spread(numbers, 0, OFFSET + 1, channels, task.repeat)
-            if steps & COLLECT:
-                for slab in range(slabs[0], slabs[1]):
-                    columns.grad_sums(task, tensors, begin, partials, numbers, work, slab)
-            if steps & MERGE:
-                gather_grads(partials, own[0], own[1], zero)
-                if spreads:
-                    gather_grads_of_columns(partials[0], channels, task.repeat)
-            if steps & (MERGE | TAKE_MEANS):
-                merges = steps & MERGE != 0
-                take_means(task, partials[0], numbers, weight, first, last, home, merges, zero)
-                if spreads:
-                    spread(numbers, X_HAT_FACTOR, ROWS, channels, task.repeat)
-            if steps & APPLY:
-                for slab in range(slabs[1] - 1, slabs[0] - 1, -1):
-                    columns.grad_input(task, tensors, begin, numbers, slab)
+        partials, numbers, of_columns = scratch_of(task, width)
+        work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
+        steps = steps_of(task)
+        channels, own = columns.shares(task, width, thread, team)
+        spreads = channels[1] > 0 and width > task.channels
+        from_slab, to_slab = share(task.slabs, thread, team)
+        if steps & PREPARE:
+            prepare(task, numbers, weight, bias, channels[0], channels[1])
+            if spreads:
+                spread(numbers, of_columns, OFFSET + 1, task.repeat)
+        if steps & COLLECT:
+            for slab in range(from_slab, to_slab):
+                columns.grad_sums(task, tensors, partials, of_columns, work, slab)
+        if steps & MERGE:
+            gather_grads(partials, own[0], own[1])
+            if spreads:
+                gather_grads_of_columns(partials[0], task.channels, task.repeat)
+            merge_grads(task, partials[0], numbers, channels[0], channels[1])
+        if steps & TAKE_MEANS:
+            take_means(task, numbers, channels[0], channels[1])
+        if spreads and steps & (MERGE | TAKE_MEANS):
+            spread(numbers, of_columns, ROWS, task.repeat)
+        if steps & APPLY:
+            for slab in range(to_slab - 1, from_slab - 1, -1):
+                columns.grad_input(task, tensors, of_columns, slab)
 
-    return backward
+    return by_tiles(backward, element, number)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from batchnorm.kernels import parallel
-from batchnorm.kernels.compiled import coefficients, columns, planes
+from batchnorm.kernels.compiled import coefficients, planes
 from batchnorm.kernels.compiled.channel_sums import SUMS
 from batchnorm.kernels.compiled.compiling import Kernel, kernel
 from batchnorm.kernels.compiled.task import (
@@ -40,7 +40,7 @@ MIN_CHANNELS = 4
 READ_TWICE: dict[Pass, int] = {"forward": 1, "backward": 2}
 MAX_CACHED = 1 << 25
 # Parts of the scratch memory, fields of `task.Constants`.
-SCRATCH = ("partials", "coefficients", "work", "recent")
+SCRATCH = ("partials", "coefficients", "spread", "work", "recent", "tile")
 # Steps that read or write whole tensors.
 SHARED = ("collect", "apply")
 
@@ -161,9 +161,10 @@ def plan(
     tiled = geometry.tiles > 1
     by_cell = not (tiled or (collected and shares_channels(geometry, which, size, team)))
     stages = _stages(steps) if by_cell and team > 1 else [steps]
-    *parts, scratch = _offsets_in_scratch(geometry, team)
+    *parts, scratch = _offsets_in_scratch(geometry, 1 if tiled else team)
     constants = Constants(
         **dict(zip(SCRATCH, parts, strict=True)),
+        scratch_of_tile=scratch,
         rows=geometry.rows,
         channels=geometry.channels,
         length=geometry.length,
@@ -171,7 +172,7 @@ def plan(
         repeat=geometry.repeat,
         slabs=geometry.slabs,
         tiles=geometry.tiles,
-        widest=geometry.widest,
+        all_channels=geometry.channels,
         count=shape.numel() // shape[1],
         stages=_bits(stages),
         by_cell=by_cell,
@@ -181,7 +182,7 @@ def plan(
     return Plan(
         kernel=kernel(which, dtype, columns=geometry.columns, optional=optional),
         constants=CONSTANTS.pack(*constants),
-        scratch=scratch,
+        scratch=scratch * team if tiled else scratch,
         team=team,
         stages=len(stages),
     )
@@ -222,10 +223,11 @@ def _offsets_in_scratch(geometry: Geometry, team: int) -> accumulate[int]:
 
     Each part begins at a cache line.
     """
-    width, parts = geometry.widest, team if geometry.tiles > 1 else 1
-    sums, recent = SUMS * geometry.slabs * width * parts, math.prod(planes.RECENT) * team
-    work = max(columns.WORK_ROWS * width, math.prod(planes.WORK)) * team
-    sizes = sums, coefficients.ROWS * width * parts, work, recent
+    width = geometry.fold * geometry.widest * geometry.repeat
+    sums, recent = SUMS * geometry.slabs * width, math.prod(planes.RECENT) * team
+    work = max(3 * width, math.prod(planes.WORK)) * team
+    numbers = coefficients.ROWS * geometry.widest, coefficients.ROWS * width
+    sizes = sums, *numbers, work, recent, SIZE // 8
     return accumulate((-(-8 * size // CACHE_LINE) * CACHE_LINE for size in sizes), initial=0)
 
 

@@ -55,8 +55,8 @@ def _repeated(vector, kind, value):
     return ir.Constant(lanes_of(vector, kind), [ir.Constant(kind, value)] * vector.lanes)
 
 
-def place_of_vector(vector, context, builder, signature, args):
-    """Code for a pointer to the vector that begins at ``array[row, column]``."""
+def _place(vector, context, builder, signature, args):
+    """Pointer to the vector that begins at ``array[row, column]``."""
     place = pointer_to_element(context, builder, signature, args)
     return builder.bitcast(place, lanes_of(vector, place.type.pointee).as_pointer())
 
@@ -95,13 +95,12 @@ def _broadcast(value, zero):
 @intrinsic
 def _broadcast_vector(context, value, zero):
     def code(context, builder, signature, args):
-        return spread_number(builder, args[0], zero)
+        return _spread(builder, args[0], zero)
 
     return zero(zero.number, zero), code
 
 
-def spread_number(builder, number, vector):
-    """Code for a vector with ``number`` in every lane."""
+def _spread(builder, number, vector):
     first = builder.insert_element(
         ir.Constant(lanes_of(vector, number.type), None), number, WORD(0)
     )
@@ -201,7 +200,7 @@ def _load_vector(context, array, row, column, zero):
     element = array.dtype
 
     def code(context, builder, signature, args):
-        place = place_of_vector(zero, context, builder, signature, args)
+        place = _place(zero, context, builder, signature, args)
         return _widened(builder, zero, builder.load(place, align=element.bitwidth // 8), element)
 
     return zero(array, row, column, zero), code
@@ -239,7 +238,7 @@ def _store_either_way(array, row, column, value, streamed=False):
 @intrinsic
 def _store_vector(context, array, row, column, value):
     def code(context, builder, signature, args):
-        place = place_of_vector(value, context, builder, signature, args)
+        place = _place(value, context, builder, signature, args)
         elements = _narrowed(builder, value, args[3], array.dtype)
         builder.store(elements, place, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -250,7 +249,7 @@ def _store_vector(context, array, row, column, value):
 @intrinsic
 def _stream_vector(context, array, row, column, value):
     def code(context, builder, signature, args):
-        place = place_of_vector(value, context, builder, signature, args)
+        place = _place(value, context, builder, signature, args)
         elements = _narrowed(builder, value, args[3], array.dtype)
         align = min(CACHE_LINE, value.lanes * array.dtype.bitwidth // 8)
         written = builder.store(elements, place, align=align)
@@ -334,23 +333,16 @@ def _multiply_add_vectors(context, a, b, c):
 
 
 def _overload_arithmetic(function, instruction):
-    """Computes with two vectors, or with a vector and a number for every lane."""
-
     @intrinsic
     def vectors(context, a, b):
-        vector = a if isinstance(a, Vector) else b
-
         def code(context, builder, signature, args):
-            both = zip(args, (a, b), strict=True)
-            both = [x if kind == vector else spread_number(builder, x, vector) for x, kind in both]
-            return getattr(builder, instruction)(*both)
+            return getattr(builder, instruction)(*args)
 
-        return vector(a, b), code
+        return a(a, b), code
 
     @overload(function)
     def arithmetic(a, b):
-        kinds = [x.number if isinstance(x, Vector) else x for x in (a, b)]
-        if kinds != [a, b] and kinds[0] == kinds[1]:
+        if isinstance(a, Vector) and a == b:
             return lambda a, b: vectors(a, b)
         return None
 
@@ -358,4 +350,3 @@ def _overload_arithmetic(function, instruction):
 _overload_arithmetic(operator.add, "fadd")
 _overload_arithmetic(operator.sub, "fsub")
 _overload_arithmetic(operator.mul, "fmul")
-_overload_arithmetic(operator.truediv, "fdiv")
