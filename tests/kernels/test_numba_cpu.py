@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from cases import CASES, Case, arguments_of, laid_out
 from scales import assert_close_for, scales
 
 numba_cpu = pytest.importorskip("batchnorm.kernels.numba_cpu")
-from batchnorm.kernels.compiled import planes, plans  # noqa: E402
+from batchnorm.kernels.compiled import planes, plans, tiles  # noqa: E402
 
 EPS = 1e-5
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
@@ -300,6 +302,20 @@ def test_each_channel_of_a_tile_is_computed_for_itself(shape):
     torch.testing.assert_close(got.var[wild], expected.var[wild], equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(2, 2048), (5, 4127), (64, 20_000), (1, 900, 9), (128, 4097)])
+def test_tiles_are_whole_vectors_of_channels_and_fit_into_the_scratch_memory(shape):
+    geometry = geometry_of_shape(torch.Size(shape), channels_last=False)
+    assert geometry.tiles > 1
+    assert geometry.slabs == geometry.fold == 1
+    task = SimpleNamespace(tiles=geometry.tiles, all_channels=geometry.channels)
+    bounds = [tiles.first_channel.py_func(task, index) for index in range(geometry.tiles + 1)]
+    assert bounds[-1] == geometry.channels
+    assert not any(bound % 64 for bound in bounds[:-1])
+    widths = [last - first for first, last in pairwise(bounds)]
+    assert min(widths) >= 64
+    assert max(widths) <= geometry.widest
+
+
 def test_scratch_memory_does_not_grow_with_the_channels():
     """It is kept from call to call."""
     for channels in (100_000, 1_000_000):
@@ -436,11 +452,11 @@ def test_other_running_statistics_are_left_to_the_caller():
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 40), (5, 3000)])
 def test_a_variance_beyond_float32_is_said(shape):
     x = normal(*shape)
-    x[:, 1] *= 1e25
+    x[:, -1] *= 1e25
     assert moved_by_forward(x, *torch.zeros(2, shape[1]))[0].overflowed
     assert not moved_by_forward(x, *torch.zeros(2, shape[1]).double())[0].overflowed
     assert moved_by_forward(-1e30 * x.double(), *torch.zeros(2, shape[1]))[0].overflowed
-    x[:, 1] = torch.nan
+    x[:, -1] = torch.nan
     assert not moved_by_forward(x, *torch.zeros(2, shape[1]))[0].overflowed
 
 

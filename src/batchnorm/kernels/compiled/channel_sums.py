@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from batchnorm.kernels.compiled.elements import array_at, widen
+from batchnorm.kernels.compiled.elements import address_of, array_at, widen
 from batchnorm.kernels.compiled.numba_internals import jitted
 
 # Rows of ``partials[slab]``: forward the fields of `ShiftedSums`, backward the two sums of the
@@ -109,15 +109,14 @@ def merge_moments(task, x, partial, first, last):
 
     ``x`` is (samples, channels, length).
     """
-    shape = (task.channels,)
-    mean = array_at(task.mean, shape, np.float64)[first:last]
-    var = array_at(task.var, shape, np.float64)[first:last]
-    count, shift = partial[COUNT, first:last], partial[SHIFT, first:last]
-    linear, squares = partial[LINEAR, first:last], partial[SQUARES, first:last]
+    shape = (last - first,)
+    sums = array_at(address_of(partial, first), partial.shape, np.float64)
+    mean = array_at(task.mean + 8 * first, shape, np.float64)
+    var = array_at(task.var + 8 * first, shape, np.float64)
     for c in range(last - first):
-        rest = linear[c] / count[c]
-        biased = squares[c] / count[c] - rest * rest
-        mean[c] = shift[c] + rest
+        rest = sums[LINEAR, c] / sums[COUNT, c]
+        biased = sums[SQUARES, c] / sums[COUNT, c] - rest * rest
+        mean[c] = sums[SHIFT, c] + rest
         var[c] = 0.0 if biased < 0 else biased
     for c in range(last - first):
         # Squares too small or too large for float32, or NaN: float64 decides.
@@ -155,14 +154,14 @@ def _moments_in_float64(values):
 @jitted
 def _move(task, address, values, factor, first):
     """Moves running statistics towards ``factor * values``; notes what float32 cannot hold."""
-    shape, weight, is_larger = (first + len(values),), task.weight_of_batch, False
+    weight, is_larger = task.weight_of_batch, False
     old = 1 - weight
     if task.running_in_float64:
-        wide = array_at(address, shape, np.float64)[first:]
+        wide = array_at(address + 8 * first, values.shape, np.float64)
         for c in range(len(values)):
             wide[c] = old * wide[c] + weight * (factor * values[c])
         return
-    narrow = array_at(address, shape, np.float32)[first:]
+    narrow = array_at(address + 4 * first, values.shape, np.float32)
     for c in range(len(values)):
         moved = old * float(narrow[c]) + weight * (factor * values[c])
         narrow[c] = moved

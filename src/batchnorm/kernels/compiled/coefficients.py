@@ -1,4 +1,8 @@
-"""Coefficients of the maps: computed in float64 from statistics and sums, rounded for the loops."""
+"""Coefficients of the maps: computed in float64 from statistics and sums, rounded for the loops.
+
+LLVM makes vectors of a loop over channels if it counts from zero and reads the task before it. So
+arrays begin at the first of some channels here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from batchnorm.kernels.compiled.channel_sums import SUM_GRAD, SUM_GRAD_X_HAT
-from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.elements import address_of, array_at
 from batchnorm.kernels.compiled.numba_internals import inlined, jitted
 from batchnorm.kernels.compiled.vectors import broadcast, load
 
@@ -83,93 +87,97 @@ def in_all_lanes(numbers, zero):
 
 
 @jitted
-def prepare(task, coefficients, weight, bias, first, last):
+def prepare(task, coefficients, first, last):
     """Writes the coefficients of `maps.normalize` of some channels, from mean and variance."""
-    means, narrow_means = _in_both_dtypes(task.mean, first, last)
-    variances, narrow_variances = _in_both_dtypes(task.var, first, last)
-    in_float32, eps = task.statistics_in_float32 != 0, task.eps
-    weight, has_weight = weight[first:last], task.weight != 0
-    bias, has_bias = bias[first:last], task.bias != 0
-    center, inv_std = coefficients[CENTER, first:last], coefficients[INV_STD, first:last]
-    scale, offset = coefficients[SCALE, first:last], coefficients[OFFSET, first:last]
+    shape, number = (last - first,), coefficients.dtype
+    table = array_at(address_of(coefficients, first), coefficients.shape, number)
+    weight = array_at(task.weight + coefficients.itemsize * first, shape, number)
+    bias = array_at(task.bias + coefficients.itemsize * first, shape, number)
+    means = array_at(task.mean + 8 * first, shape, np.float64)
+    variances = array_at(task.var + 8 * first, shape, np.float64)
+    narrow_means = array_at(task.mean + 4 * first, shape, np.float32)
+    narrow_variances = array_at(task.var + 4 * first, shape, np.float32)
+    eps, in_float32 = task.eps, task.statistics_in_float32 != 0
+    _fill(table, SCALE, weight, task.weight, 1.0)
+    _fill(table, OFFSET, bias, task.bias, 0.0)
     for c in range(last - first):
         mean = float(narrow_means[c]) if in_float32 else means[c]
         var = float(narrow_variances[c]) if in_float32 else variances[c]
-        exact_inv_std = 1 / math.sqrt(var + eps)
-        exact_scale = exact_inv_std * (float(weight[c]) if has_weight else 1.0)
-        shift = float(bias[c]) if has_bias else 0.0
-        center[c] = mean
-        inv_std[c] = exact_inv_std
-        scale[c] = exact_scale
-        rounding = float(center[c]) - mean
+        inv_std = 1 / math.sqrt(var + eps)
+        scale = inv_std * float(table[SCALE, c])
+        table[CENTER, c] = mean
+        rounding = float(table[CENTER, c]) - mean
+        table[INV_STD, c] = inv_std
+        table[SCALE, c] = scale
         # An infinite scale times a rounding of zero would be NaN.
-        offset[c] = rounding * exact_scale + shift if rounding != 0 else shift
+        table[OFFSET, c] += rounding * scale if rounding != 0 else 0.0
 
 
 @jitted
-def _in_both_dtypes(address, first, last):
-    """Returns a vector of some channels as if it were float64, and as if it were float32."""
-    shape = (last - first,)
-    wide = array_at(address + 8 * first, shape, np.float64)
-    return wide, array_at(address + 4 * first, shape, np.float32)
+def _fill(table, row, values, address, default):
+    """Copies ``values`` to a row, or fills it if they have no address."""
+    for c in range(len(values)):
+        table[row, c] = values[c] if address else default
 
 
 @jitted
-def spread(numbers, coefficients, rows, repeat):
+def spread(numbers, coefficients, first, last, repeat):
     """Copies some rows of coefficients, one number a channel, to all columns of each channel."""
     channels, width = numbers.shape[1], coefficients.shape[1]
-    for row in range(rows):
+    for row in range(first, last):
         for start in range(0, width, channels * repeat):
-            for c in range(channels):
-                for k in range(start + c * repeat, start + (c + 1) * repeat):
-                    coefficients[row, k] = numbers[row, c]
+            for column in range(start, start + repeat):
+                for c in range(channels):
+                    coefficients[row, column + c * repeat] = numbers[row, c]
 
 
 @jitted
 def merge_grads(task, partial, coefficients, first, last):
     """Writes the sums of the gradient of some channels, and the coefficients of their means."""
-    sums, sums_x_hat = partial[SUM_GRAD, first:last], partial[SUM_GRAD_X_HAT, first:last]
-    means, _ = _in_both_dtypes(task.mean, first, last)
-    center, inv_std = coefficients[CENTER, first:last], coefficients[INV_STD, first:last]
+    table = array_at(address_of(coefficients, first), coefficients.shape, coefficients.dtype)
+    sums = array_at(address_of(partial, first), partial.shape, np.float64)
+    means = array_at(task.mean + 8 * first, (last - first,), np.float64)
+    share = 1 / task.count
     for c in range(last - first):
+        error = _center_error(table, means, c)
+        sum_grad = sums[SUM_GRAD, c]
         # The loops computed ``x_hat`` about ``center``.
-        sums_x_hat[c] += (float(center[c]) - means[c]) * float(inv_std[c]) * sums[c]
-    _write(task.sum_grad, task.sums_as_number, coefficients, sums, first)
-    _write(task.sum_grad_x_hat, task.sums_as_number, coefficients, sums_x_hat, first)
-    _set_means(task, coefficients, sums, sums_x_hat, 1 / task.count, first, last)
-
-
-@jitted
-def _write(address, as_number, coefficients, sums, first):
-    shape = (first + len(sums),)
-    if as_number:
-        narrow = array_at(address, shape, coefficients.dtype)[first:]
-        for c in range(len(sums)):
-            narrow[c] = sums[c]
-    else:
-        wide = array_at(address, shape, np.float64)[first:]
-        for c in range(len(sums)):
-            wide[c] = sums[c]
+        sum_grad_x_hat = sums[SUM_GRAD_X_HAT, c] + error * sum_grad
+        sums[SUM_GRAD_X_HAT, c] = sum_grad_x_hat
+        _set_means(table, c, error, share * sum_grad, share * sum_grad_x_hat)
+    of_sum = coefficients.itemsize if task.sums_as_number else 8
+    for row in range(2):
+        address = (task.sum_grad, task.sum_grad_x_hat)[row] + of_sum * first
+        if task.sums_as_number:
+            narrow = array_at(address, (last - first,), coefficients.dtype)
+            for c in range(last - first):
+                narrow[c] = sums[row, c]
+        else:
+            wide = array_at(address, (last - first,), np.float64)
+            for c in range(last - first):
+                wide[c] = sums[row, c]
 
 
 @jitted
 def take_means(task, coefficients, first, last):
     """Writes the coefficients of some channels from means that the caller has merged."""
-    mean_grad, _ = _in_both_dtypes(task.mean_grad, first, last)
-    mean_grad_x_hat, _ = _in_both_dtypes(task.mean_grad_x_hat, first, last)
-    _set_means(task, coefficients, mean_grad, mean_grad_x_hat, 1.0, first, last)
+    shape = (last - first,)
+    table = array_at(address_of(coefficients, first), coefficients.shape, coefficients.dtype)
+    means = array_at(task.mean + 8 * first, shape, np.float64)
+    mean_grad = array_at(task.mean_grad + 8 * first, shape, np.float64)
+    mean_grad_x_hat = array_at(task.mean_grad_x_hat + 8 * first, shape, np.float64)
+    for c in range(last - first):
+        _set_means(table, c, _center_error(table, means, c), mean_grad[c], mean_grad_x_hat[c])
 
 
 @jitted
-def _set_means(task, coefficients, sums, sums_x_hat, share, first, last):
-    """Writes the coefficients of the means, which are sums times ``share``."""
-    means, _ = _in_both_dtypes(task.mean, first, last)
-    center, inv_std = coefficients[CENTER, first:last], coefficients[INV_STD, first:last]
-    scale, x_hat_factor = coefficients[SCALE, first:last], coefficients[X_HAT_FACTOR, first:last]
-    constant = coefficients[CONSTANT, first:last]
-    for c in range(last - first):
-        error = (float(center[c]) - means[c]) * float(inv_std[c])
-        mean_grad, mean_grad_x_hat = share * sums[c], share * sums_x_hat[c]
-        minus = -float(scale[c])
-        x_hat_factor[c] = minus * mean_grad_x_hat
-        constant[c] = minus * (mean_grad + error * mean_grad_x_hat)
+def _center_error(table, means, c):
+    """Returns the distance of ``center`` from the exact mean, in standard deviations."""
+    return (float(table[CENTER, c]) - means[c]) * float(table[INV_STD, c])
+
+
+@jitted
+def _set_means(table, c, error, mean_grad, mean_grad_x_hat):
+    minus = -float(table[SCALE, c])
+    table[X_HAT_FACTOR, c] = minus * mean_grad_x_hat
+    table[CONSTANT, c] = minus * (mean_grad + error * mean_grad_x_hat)

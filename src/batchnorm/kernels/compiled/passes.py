@@ -19,8 +19,10 @@ from batchnorm.kernels.compiled.channel_sums import (
     merge_moments,
 )
 from batchnorm.kernels.compiled.coefficients import (
+    CENTER,
     OFFSET,
     ROWS,
+    X_HAT_FACTOR,
     merge_grads,
     prepare,
     spread,
@@ -60,12 +62,6 @@ def _arrays_of(element, number, optional_at):
         )
 
     @jitted
-    def vectors_of(task):
-        """Weight and bias."""
-        shape = (task.channels,)
-        return array_at(task.weight, shape, number), array_at(task.bias, shape, number)
-
-    @jitted
     def scratch_of(task, width):
         """Partial sums of as many columns, coefficients of the channels, and of the columns.
 
@@ -76,7 +72,7 @@ def _arrays_of(element, number, optional_at):
         at = task.coefficients if width == task.channels else task.spread
         return partials, numbers, array_at(task.scratch + at, (ROWS, width), number)
 
-    return tensors_of, vectors_of, scratch_of
+    return tensors_of, scratch_of
 
 
 def _sums_of(number):
@@ -91,13 +87,12 @@ def _sums_of(number):
 
 def forward_of_planes(element, number, optional_at):
     """Makes the forward kernel of planes."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
     sums_of = _sums_of(number)
 
     def forward(pointer, thread, team):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
-        weight, bias = vectors_of(task)
         partials, numbers, _ = scratch_of(task, task.channels)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
@@ -111,7 +106,7 @@ def forward_of_planes(element, number, optional_at):
                 gather_moments(partials, first, last)
                 merge_moments(task, samples, partials[0], first, last)
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last)
+                prepare(task, numbers, first, last)
             if steps & APPLY:
                 planes.normalize(task, tensors, numbers, first, last, of_pieces)
 
@@ -120,13 +115,12 @@ def forward_of_planes(element, number, optional_at):
 
 def backward_of_planes(element, number, optional_at):
     """Makes the backward kernel of planes."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
     sums_of = _sums_of(number)
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
-        weight, bias = vectors_of(task)
         partials, numbers, _ = scratch_of(task, task.channels)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
@@ -134,7 +128,7 @@ def backward_of_planes(element, number, optional_at):
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last)
+                prepare(task, numbers, first, last)
             if steps & COLLECT:
                 planes.grad_sums(task, tensors, partials, numbers, sums, first, last, of_slabs)
             if steps & MERGE:
@@ -150,14 +144,13 @@ def backward_of_planes(element, number, optional_at):
 
 def forward_of_columns(element, number, optional_at):
     """Makes the forward kernel of columns."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
 
     @jitted
     def forward(task, thread, team):
         width = task.fold * task.channels * task.repeat
         of_row = task.fold * task.all_channels * task.repeat
         tensors = tensors_of(task, task.rows, of_row)
-        weight, bias = vectors_of(task)
         partials, numbers, of_columns = scratch_of(task, width)
         work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
         steps = steps_of(task)
@@ -175,9 +168,9 @@ def forward_of_columns(element, number, optional_at):
             samples = array_at(task.x, shape, element)
             merge_moments(task, samples, partials[0], channels[0], channels[1])
         if steps & PREPARE:
-            prepare(task, numbers, weight, bias, channels[0], channels[1])
+            prepare(task, numbers, channels[0], channels[1])
             if spreads:
-                spread(numbers, of_columns, OFFSET + 1, task.repeat)
+                spread(numbers, of_columns, CENTER, OFFSET + 1, task.repeat)
         if steps & APPLY:
             for slab in range(to_slab - 1, from_slab - 1, -1):
                 columns.normalize(task, tensors, of_columns, slab)
@@ -187,14 +180,13 @@ def forward_of_columns(element, number, optional_at):
 
 def backward_of_columns(element, number, optional_at):
     """Makes the backward kernel of columns."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
 
     @jitted
     def backward(task, thread, team):
         width = task.fold * task.channels * task.repeat
         of_row = task.fold * task.all_channels * task.repeat
         tensors = tensors_of(task, task.rows, of_row)
-        weight, bias = vectors_of(task)
         partials, numbers, of_columns = scratch_of(task, width)
         work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
         steps = steps_of(task)
@@ -202,9 +194,9 @@ def backward_of_columns(element, number, optional_at):
         spreads = channels[1] > 0 and width > task.channels
         from_slab, to_slab = share(task.slabs, thread, team)
         if steps & PREPARE:
-            prepare(task, numbers, weight, bias, channels[0], channels[1])
+            prepare(task, numbers, channels[0], channels[1])
             if spreads:
-                spread(numbers, of_columns, OFFSET + 1, task.repeat)
+                spread(numbers, of_columns, CENTER, OFFSET + 1, task.repeat)
         if steps & COLLECT:
             for slab in range(from_slab, to_slab):
                 columns.grad_sums(task, tensors, partials, of_columns, work, slab)
@@ -216,7 +208,7 @@ def backward_of_columns(element, number, optional_at):
         if steps & TAKE_MEANS:
             take_means(task, numbers, channels[0], channels[1])
         if spreads and steps & (MERGE | TAKE_MEANS):
-            spread(numbers, of_columns, ROWS, task.repeat)
+            spread(numbers, of_columns, X_HAT_FACTOR, ROWS, task.repeat)
         if steps & APPLY:
             for slab in range(to_slab - 1, from_slab - 1, -1):
                 columns.grad_input(task, tensors, of_columns, slab)

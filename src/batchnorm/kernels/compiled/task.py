@@ -72,9 +72,9 @@ class Constants(NamedTuple):
     fold: int
     repeat: int
     slabs: int
-    # Parts of the columns, see `batchnorm.kernels.compiled.tiles`; 1 for no parts. Then a task has
-    # some of the channels that are in a row.
+    # Parts of the columns, see `batchnorm.kernels.compiled.tiles`; 1 if they are not cut.
     tiles: int
+    # Channels of a row in memory; a tile has some of them.
     all_channels: int
     # Elements of a channel.
     count: int

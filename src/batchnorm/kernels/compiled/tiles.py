@@ -11,27 +11,28 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+from llvmlite import ir
 from numba.extending import intrinsic, overload
 
-from batchnorm.kernels.compiled.numba_internals import jitted
+from batchnorm.kernels.compiled.numba_internals import jitted, llvm_function
 from batchnorm.kernels.compiled.task import Task, share, task_at
 from batchnorm.kernels.compiled.vectors import LANES
 
 
 def by_tiles(compute, element, number):
-    """Makes the kernel that calls ``compute`` for each tile, or once if there are none."""
+    """Makes the kernel that computes each tile, or the whole matrix where it is not cut."""
     of_element, of_number = np.dtype(element).itemsize, np.dtype(number).itemsize
 
     def kernel(pointer, thread, team):
         task = task_at(pointer)
-        if task.tiles == 1:
-            compute(task, thread, team)
-            return
-        first, last = share(task.tiles, thread, team)
+        tiled = task.tiles > 1
+        first, last = share(task.tiles, thread, team) if tiled else (0, 1)
         for index in range(first, last):
-            tile = _tile_of(task, index, thread, of_element, of_number)
-            compute(tile, 0, 1)
-            task.overflowed |= tile.overflowed
+            # One call, so that LLVM does not compile it twice.
+            part = _tile_of(task, index, thread, of_element, of_number) if tiled else task
+            compute(part, 0 if tiled else thread, 1 if tiled else team)
+            if part.overflowed:
+                task.overflowed = 1
 
     return kernel
 
@@ -71,7 +72,7 @@ def _tile_of(task, index, thread, of_element, of_number):
 
 @jitted
 def first_channel(task, index):
-    """Returns the first channel of a tile."""
+    """Returns the first channel of a tile, or the end of the last."""
     if index == task.tiles:
         return task.all_channels
     return task.all_channels * index // task.tiles // LANES * LANES
@@ -97,8 +98,11 @@ def _copied_record(task, address):
 @intrinsic
 def _copied_bytes(context, task, address):
     def code(context, builder, signature, args):
-        place = builder.inttoptr(args[1], args[0].type)
-        builder.store(builder.load(args[0]), place)
+        source, place = args[0], builder.inttoptr(args[1], args[0].type)
+        size, flag = ir.IntType(64), ir.IntType(1)
+        kind = ir.FunctionType(ir.VoidType(), [source.type, source.type, size, flag])
+        copy = llvm_function(builder, kind, "llvm.memcpy.p0.p0.i64")
+        builder.call(copy, [place, source, size(ctypes.sizeof(Task)), flag(0)])
         return place
 
     return task(task, address), code
