@@ -165,6 +165,17 @@ _DTYPES = [
     for values in ("normal", "far", "constant")
 ]
 
+# Few rows of many channels, which the kernels cut into tiles of whole vectors and a rest.
+_WIDE = [
+    Case((2, 2113), torch.float32, residual=True, relu=True),
+    Case((5, 2400, 1), torch.bfloat16, residual=True, relu=True),
+    Case((3, 700, 4), torch.float32, relu=True),
+    Case((1, 2200, 2, 1), torch.float32, "channels_last", residual=True, relu=True),
+    Case((64, 1100), torch.float32, values="far"),
+    Case((4, 2500)),
+    Case((3, 2085), torch.float16, weight=False, bias=False),
+]
+
 CASES = list(
     dict.fromkeys(
         [Case(shape, torch.float32) for shape in SHAPES]
@@ -173,5 +184,6 @@ CASES = list(
         + [case for case in _LAYOUTS if _fits(case)]
         + [Case((63, 3), torch.float32, "transposed", residual=True, relu=True)]
         + _DTYPES
+        + _WIDE
     )
 )

@@ -64,3 +64,10 @@ def test_slabs_do_not_depend_on_threads(two_threads):
     two = geometry_of(x)
     torch.set_num_threads(1)
     assert geometry_of(x) == two
+
+
+@pytest.mark.parametrize("shape", [(2, 1000), (1568, 512), (8192, 4096), (32, 64, 4, 4)])
+def test_tall_or_narrow_matrices_stay_whole(shape):
+    geometry = geometry_of(torch.zeros(shape))
+    assert geometry.tiles == 1
+    assert geometry.widest == shape[1]

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Backend, ReluGate, Running
-from batchnorm.kernels.geometry import unpack
+from batchnorm.kernels.geometry import geometry_of_shape, unpack
 from batchnorm.moments import Moments, merge_moments
 from batchnorm.nn.functional import batch_norm
 from batchnorm.nn.running_statistics import update_running as updated_by_torch
@@ -19,7 +21,7 @@ from cases import CASES, Case, arguments_of, laid_out
 from scales import assert_close_for, scales
 
 numba_cpu = pytest.importorskip("batchnorm.kernels.numba_cpu")
-from batchnorm.kernels.compiled import planes, plans  # noqa: E402
+from batchnorm.kernels.compiled import planes, plans, tiles  # noqa: E402
 
 EPS = 1e-5
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
@@ -228,6 +230,10 @@ def test_the_variance_survives_a_large_mean(shape, layout):
         ((8, 64, 20, 20), "channels_last"),
         ((4096, 40), "contiguous"),
         ((4096, 10, 3), "contiguous"),
+        ((4, 20_011), "contiguous"),
+        ((70, 1111), "contiguous"),
+        ((2, 9000, 5), "contiguous"),
+        ((1, 9000, 4, 2), "channels_last"),
     ],
 )
 @pytest.mark.parametrize("residual", [False, True], ids=["relu", "residual-relu"])
@@ -276,6 +282,46 @@ def test_nan_and_infinity_stay_in_their_channel(shape, layout, value):
         assert result[:, 1].isnan().all()
         assert result[:, [0, 2]].isfinite().all()
     assert batch.var[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(4, 3000), (40, 1500), (3, 900, 4)], ids=str)
+def test_each_channel_of_a_tile_is_computed_for_itself(shape):
+    """Values that nothing but float64 can hold do not change the bits of their neighbors."""
+    x = normal(*shape)
+    calm, wild = numba_cpu.moments(x), torch.arange(0, shape[1], 7)
+    x[:, wild] *= (
+        torch.tensor([1e30, 0.0, torch.nan, torch.inf, 1e-25])
+        .repeat(700)[: len(wild)]
+        .reshape(-1, *[1] * (len(shape) - 2))
+    )
+    got, expected = numba_cpu.moments(x), reference.moments(x)
+    others = torch.ones(shape[1], dtype=torch.bool).index_fill(0, wild, value=False)
+    for one, other in ((got.mean, calm.mean), (got.var, calm.var)):
+        torch.testing.assert_close(one[others], other[others], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got.mean[wild], expected.mean[wild], equal_nan=True)
+    torch.testing.assert_close(got.var[wild], expected.var[wild], equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 2048), (5, 4127), (64, 20_000), (1, 900, 9), (128, 4097)])
+def test_tiles_are_whole_vectors_of_channels_and_fit_into_the_scratch_memory(shape):
+    geometry = geometry_of_shape(torch.Size(shape), channels_last=False)
+    assert geometry.tiles > 1
+    assert geometry.slabs == geometry.fold == 1
+    task = SimpleNamespace(tiles=geometry.tiles, all_channels=geometry.channels)
+    bounds = [tiles.first_channel.py_func(task, index) for index in range(geometry.tiles + 1)]
+    assert bounds[-1] == geometry.channels
+    assert not any(bound % 64 for bound in bounds[:-1])
+    widths = [last - first for first, last in pairwise(bounds)]
+    assert min(widths) >= 64
+    assert max(widths) <= geometry.widest
+
+
+def test_scratch_memory_does_not_grow_with_the_channels():
+    """It is kept from call to call."""
+    for channels in (100_000, 1_000_000):
+        geometry = geometry_of_shape(torch.Size((4, channels)), channels_last=False)
+        *_, size = plans._offsets_in_scratch(geometry, 2)
+        assert size < 2**20
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-25])
@@ -356,12 +402,23 @@ def moved_by_forward(x, *buffers, counter=None, weight=0.1):
     return running, batch
 
 
+SHAPES_OF_BUFFERS = [
+    (7, 50),
+    (3, 50, 40),
+    (40, 50, 60, 60),
+    (50, 50, 64, 64),
+    (5, 30_011),
+    (3, 9000, 5),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0, -0.5])
-@pytest.mark.parametrize("shape", [(7, 50), (3, 50, 40), (40, 50, 60, 60), (50, 50, 64, 64)])
+@pytest.mark.parametrize("shape", SHAPES_OF_BUFFERS)
 @pytest.mark.usefixtures("two_threads")
 def test_running_statistics_move_as_in_torch_to_the_bit(dtype, weight, shape):
-    compiled, plain = ([normal(50, seed=s).to(dtype) for s in (1, 2)] for _ in range(2))
+    channels = shape[1]
+    compiled, plain = ([normal(channels, seed=s).to(dtype) for s in (1, 2)] for _ in range(2))
     counter = torch.tensor(6)
     versions = [buffer._version for buffer in (*compiled, counter)]
     running, batch = moved_by_forward(normal(*shape), *compiled, counter=counter, weight=weight)
@@ -392,13 +449,15 @@ def test_other_running_statistics_are_left_to_the_caller():
     assert not usual.any()
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 40)])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 40), (5, 3000)])
 def test_a_variance_beyond_float32_is_said(shape):
     x = normal(*shape)
-    x[:, 1] *= 1e25
-    assert moved_by_forward(x, *torch.zeros(2, 3))[0].overflowed
-    x[:, 1] = torch.nan
-    assert not moved_by_forward(x, *torch.zeros(2, 3))[0].overflowed
+    x[:, -1] *= 1e25
+    assert moved_by_forward(x, *torch.zeros(2, shape[1]))[0].overflowed
+    assert not moved_by_forward(x, *torch.zeros(2, shape[1]).double())[0].overflowed
+    assert moved_by_forward(-1e30 * x.double(), *torch.zeros(2, shape[1]))[0].overflowed
+    x[:, -1] = torch.nan
+    assert not moved_by_forward(x, *torch.zeros(2, shape[1]))[0].overflowed
 
 
 SMALL = """
@@ -417,6 +476,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             assert_as_reference(a, True)
             fixed = Moments(2, a.running_mean.double(), a.running_var.double())
             assert_as_reference(a, residual, fixed)
+assert_as_reference(arguments_of(Case((2, 2090), torch.float32, residual=True, relu=True)), True)
 assert numba_cpu.moments(torch.full((5, 2, 40), 1e-25)).var.tolist() == [0, 0]
 assert numba_cpu.moments(torch.full((5, 2), 1e-25)).var.tolist() == [0, 0]
 for dtype in (torch.float32, torch.float64):

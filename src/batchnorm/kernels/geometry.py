@@ -20,6 +20,10 @@ SHORT = 32
 # Width from which on rows of columns are not put side by side: a whole vector of the kernels.
 WIDE = 64
 
+# Limits of a tile of a matrix of few rows and many columns: bytes of ``x``, and columns.
+# docs/decisions/0012: tiles
+TILE_BYTES, TILE_COLUMNS, FEWEST_TILE_COLUMNS = 1 << 17, 1024, 256
+
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -35,6 +39,7 @@ class Geometry(NamedTuple):
         repeat: Neighboring columns that belong to one channel.
         slabs: Number of parts in which sums are collected. It depends on the shape alone, so that
             any number of threads merges the same sums in the same order.
+        tiles: Number of parts of the columns of which one thread does all steps; 1 for none.
     """
 
     columns: bool
@@ -44,6 +49,7 @@ class Geometry(NamedTuple):
     fold: int
     repeat: int
     slabs: int
+    tiles: int = 1
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -51,6 +57,11 @@ class Geometry(NamedTuple):
         if self.columns:
             return self.rows, self.fold * self.channels * self.repeat
         return self.rows * self.channels, self.length
+
+    @property
+    def widest(self) -> int:
+        """The most channels of a tile, each of which begins at a whole vector."""
+        return self.channels if self.tiles == 1 else -(-self.channels // self.tiles) + WIDE
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -78,8 +89,19 @@ def geometry_of_shape(shape: torch.Size, *, channels_last: bool) -> Geometry:
     rows, repeat = (n * length, 1) if channels_last else (n, length)
     fold = _fold(rows, channels * repeat)
     rows, width = rows // fold, fold * channels * repeat
+    tiles = _tiles(rows, channels, repeat)
+    if tiles > 1:
+        return Geometry(True, rows, channels, 1, fold, repeat, 1, tiles)
     slabs = min(64, max(16, 32768 // width), max(1, rows * width // 131072), rows)
     return Geometry(True, rows, channels, 1, fold, repeat, slabs)
+
+
+def _tiles(rows: int, channels: int, repeat: int) -> int:
+    """Returns into how many tiles to cut a matrix: 1 if it has many rows or few columns."""
+    columns = min(TILE_COLUMNS, TILE_BYTES // (4 * rows))
+    if columns < FEWEST_TILE_COLUMNS:
+        return 1
+    return max(1, min(channels * repeat // columns, channels // WIDE))
 
 
 def _fold(rows: int, width: int) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from batchnorm.kernels.compiled.elements import array_at, widen
+from batchnorm.kernels.compiled.elements import address_of, array_at, widen
 from batchnorm.kernels.compiled.numba_internals import jitted
 
 # Rows of ``partials[slab]``: forward the fields of `ShiftedSums`, backward the two sums of the
@@ -68,42 +68,65 @@ def sums_of_column(partial, k):
 @jitted
 def add_moments(partial, k, sums):
     """Merges ``sums`` into those of column ``k`` in one slab."""
-    whole = merged(sums_of_column(partial, k), sums)
-    partial[COUNT, k] = whole.count
-    partial[SHIFT, k] = whole.shift
-    partial[LINEAR, k] = whole.linear
-    partial[SQUARES, k] = whole.squares
+    set_moments(partial, k, merged(sums_of_column(partial, k), sums))
 
 
 @jitted
-def merge_moments(task, x, partials, first, last):
+def set_moments(partial, k, sums):
+    """Writes the sums of column ``k`` in one slab."""
+    partial[COUNT, k] = sums.count
+    partial[SHIFT, k] = sums.shift
+    partial[LINEAR, k] = sums.linear
+    partial[SQUARES, k] = sums.squares
+
+
+@jitted
+def gather_moments(partials, first, last):
+    """Merges the sums of all slabs into those of the first, for some columns."""
+    for slab in range(1, len(partials)):
+        for k in range(first, last):
+            add_moments(partials[0], k, sums_of_column(partials[slab], k))
+
+
+@jitted
+def gather_columns(partial, channels, repeat):
+    """Merges the sums of all columns of channel ``c`` into column ``c``, for all channels.
+
+    From the left to the right: no column is overwritten before it has been read.
+    """
+    width = partial.shape[1]
+    for c in range(channels):
+        whole = ShiftedSums(0.0, 0.0, 0.0, 0.0)
+        for start in range(c * repeat, width, channels * repeat):
+            for k in range(start, start + repeat):
+                whole = merged(whole, sums_of_column(partial, k))
+        set_moments(partial, c, whole)
+
+
+@jitted
+def merge_moments(task, x, partial, first, last):
     """Writes mean and variance of some channels; updates their running statistics, if any.
 
     ``x`` is (samples, channels, length).
     """
-    shape = (task.channels,)
-    mean, var = array_at(task.mean, shape, np.float64), array_at(task.var, shape, np.float64)
-    for c in range(first, last):
-        mean[c], var[c] = _moments_of_channel(partials, c, task.channels, task.repeat)
+    shape = (last - first,)
+    sums = array_at(address_of(partial, first), partial.shape, np.float64)
+    mean = array_at(task.mean + 8 * first, shape, np.float64)
+    var = array_at(task.var + 8 * first, shape, np.float64)
+    for c in range(last - first):
+        rest = sums[LINEAR, c] / sums[COUNT, c]
+        biased = sums[SQUARES, c] / sums[COUNT, c] - rest * rest
+        mean[c] = sums[SHIFT, c] + rest
+        var[c] = 0.0 if biased < 0 else biased
+    for c in range(last - first):
         # Squares too small or too large for float32, or NaN: float64 decides.
         if not SUSPICIOUS < var[c] < math.inf:
-            mean[c], var[c] = _moments_in_float64(x[:, c : c + 1, :])
-        if task.running_mean:
-            _update_running(task, c, mean[c], var[c])
-
-
-@jitted
-def _moments_of_channel(partials, channel, channels, repeat):
-    """Mean and biased variance of a channel, merged over slabs and columns."""
-    slabs, _, columns = partials.shape
-    sums = ShiftedSums(0.0, 0.0, 0.0, 0.0)
-    for s in range(slabs):
-        for start in range(channel * repeat, columns, channels * repeat):
-            for k in range(start, start + repeat):
-                sums = merged(sums, sums_of_column(partials[s], k))
-    rest = sums.linear / sums.count
-    var = sums.squares / sums.count - rest * rest
-    return sums.shift + rest, 0.0 if var < 0 else var
+            mean[c], var[c] = _moments_in_float64(x[:, first + c : first + c + 1, :])
+    if task.running_mean:
+        _move(task, task.running_mean, mean, 1.0, first)
+        _move(task, task.running_var, var, task.count / (task.count - 1), first)
+        if first == 0 < last and task.counter:
+            array_at(task.counter, (1,), np.int64)[0] += 1
 
 
 @jitted
@@ -129,34 +152,41 @@ def _moments_in_float64(values):
 
 
 @jitted
-def _update_running(task, c, mean, var):
-    """Moves a channel's running statistics towards the batch's; counts the batch once."""
-    shape, old = (task.channels,), 1 - task.weight_of_batch
-    unbiased = task.count / (task.count - 1)
-    by_mean, by_var = task.weight_of_batch * mean, task.weight_of_batch * (var * unbiased)
+def _move(task, address, values, factor, first):
+    """Moves running statistics towards ``factor * values``; notes what float32 cannot hold."""
+    weight, is_larger = task.weight_of_batch, False
+    old = 1 - weight
     if task.running_in_float64:
-        means = array_at(task.running_mean, shape, np.float64)
-        variances = array_at(task.running_var, shape, np.float64)
-        means[c], variances[c] = old * means[c] + by_mean, old * variances[c] + by_var
-    else:
-        narrow_means = array_at(task.running_mean, shape, np.float32)
-        narrow_variances = array_at(task.running_var, shape, np.float32)
-        new = old * float(narrow_means[c]) + by_mean, old * float(narrow_variances[c]) + by_var
-        narrow_means[c], narrow_variances[c] = new
-        if max(abs(new[0]), new[1]) > LARGEST_FLOAT32:
-            task.overflowed = 1
-    if c == 0 and task.counter:
-        array_at(task.counter, (1,), np.int64)[0] += 1
+        wide = array_at(address + 8 * first, values.shape, np.float64)
+        for c in range(len(values)):
+            wide[c] = old * wide[c] + weight * (factor * values[c])
+        return
+    narrow = array_at(address + 4 * first, values.shape, np.float32)
+    for c in range(len(values)):
+        moved = old * float(narrow[c]) + weight * (factor * values[c])
+        narrow[c] = moved
+        is_larger |= abs(moved) > LARGEST_FLOAT32
+    if is_larger:
+        task.overflowed = 1
 
 
 @jitted
-def grad_sums_of_channel(partials, channel, channels, repeat):
-    """Returns the two sums of the gradient of a channel, over slabs and columns."""
-    slabs, _, columns = partials.shape
-    sum_grad, sum_grad_x_hat = 0.0, 0.0
-    for s in range(slabs):
-        for start in range(channel * repeat, columns, channels * repeat):
+def gather_grads(partials, first, last):
+    """Adds the sums of all slabs to those of the first, for some columns."""
+    for slab in range(1, len(partials)):
+        for k in range(first, last):
+            partials[0, SUM_GRAD, k] += partials[slab, SUM_GRAD, k]
+            partials[0, SUM_GRAD_X_HAT, k] += partials[slab, SUM_GRAD_X_HAT, k]
+
+
+@jitted
+def gather_grads_of_columns(partial, channels, repeat):
+    """Does for the sums of the gradient what `gather_columns` does for moments."""
+    width = partial.shape[1]
+    for c in range(channels):
+        sum_grad, sum_grad_x_hat = 0.0, 0.0
+        for start in range(c * repeat, width, channels * repeat):
             for k in range(start, start + repeat):
-                sum_grad += partials[s, SUM_GRAD, k]
-                sum_grad_x_hat += partials[s, SUM_GRAD_X_HAT, k]
-    return sum_grad, sum_grad_x_hat
+                sum_grad += partial[SUM_GRAD, k]
+                sum_grad_x_hat += partial[SUM_GRAD_X_HAT, k]
+        partial[SUM_GRAD, c], partial[SUM_GRAD_X_HAT, c] = sum_grad, sum_grad_x_hat

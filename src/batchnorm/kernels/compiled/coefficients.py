@@ -1,4 +1,8 @@
-"""Coefficients of the maps: computed in float64 from statistics and sums, rounded for the loops."""
+"""Coefficients of the maps: computed in float64 from statistics and sums, rounded for the loops.
+
+LLVM makes vectors of a loop over channels if it counts from zero and reads the task before it. So
+arrays begin at the first of some channels here.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from batchnorm.kernels.compiled.channel_sums import grad_sums_of_channel
-from batchnorm.kernels.compiled.elements import array_at
+from batchnorm.kernels.compiled.channel_sums import SUM_GRAD, SUM_GRAD_X_HAT
+from batchnorm.kernels.compiled.elements import address_of, array_at
 from batchnorm.kernels.compiled.numba_internals import inlined, jitted
 from batchnorm.kernels.compiled.vectors import broadcast, load
 
@@ -83,79 +87,97 @@ def in_all_lanes(numbers, zero):
 
 
 @jitted
-def prepare(task, coefficients, weight, bias, first, last):
+def prepare(task, coefficients, first, last):
     """Writes the coefficients of `maps.normalize` of some channels, from mean and variance."""
-    for c in range(first, last):
-        mean, inv_std = _statistic(task, task.mean, c), _inv_std(task, c)
-        scale = inv_std * (float(weight[c]) if task.weight else 1.0)
-        shift = float(bias[c]) if task.bias else 0.0
-        for start in range(c * task.repeat, coefficients.shape[1], task.channels * task.repeat):
-            for k in range(start, start + task.repeat):
-                coefficients[CENTER, k] = mean
-                coefficients[INV_STD, k] = inv_std
-                coefficients[SCALE, k] = scale
-                rounding = float(coefficients[CENTER, k]) - mean
-                coefficients[OFFSET, k] = rounding * scale + shift if rounding != 0 else shift
+    shape, number = (last - first,), coefficients.dtype
+    table = array_at(address_of(coefficients, first), coefficients.shape, number)
+    weight = array_at(task.weight + coefficients.itemsize * first, shape, number)
+    bias = array_at(task.bias + coefficients.itemsize * first, shape, number)
+    means = array_at(task.mean + 8 * first, shape, np.float64)
+    variances = array_at(task.var + 8 * first, shape, np.float64)
+    narrow_means = array_at(task.mean + 4 * first, shape, np.float32)
+    narrow_variances = array_at(task.var + 4 * first, shape, np.float32)
+    eps, in_float32 = task.eps, task.statistics_in_float32 != 0
+    _fill(table, SCALE, weight, task.weight, 1.0)
+    _fill(table, OFFSET, bias, task.bias, 0.0)
+    for c in range(last - first):
+        mean = float(narrow_means[c]) if in_float32 else means[c]
+        var = float(narrow_variances[c]) if in_float32 else variances[c]
+        inv_std = 1 / math.sqrt(var + eps)
+        scale = inv_std * float(table[SCALE, c])
+        table[CENTER, c] = mean
+        rounding = float(table[CENTER, c]) - mean
+        table[INV_STD, c] = inv_std
+        table[SCALE, c] = scale
+        # An infinite scale times a rounding of zero would be NaN.
+        table[OFFSET, c] += rounding * scale if rounding != 0 else 0.0
 
 
 @jitted
-def merge_grads(task, partials, coefficients, first, last):
+def _fill(table, row, values, address, default):
+    """Copies ``values`` to a row, or fills it if they have no address."""
+    for c in range(len(values)):
+        table[row, c] = values[c] if address else default
+
+
+@jitted
+def spread(numbers, coefficients, first, last, repeat):
+    """Copies some rows of coefficients, one number a channel, to all columns of each channel."""
+    channels, width = numbers.shape[1], coefficients.shape[1]
+    for row in range(first, last):
+        for start in range(0, width, channels * repeat):
+            for column in range(start, start + repeat):
+                for c in range(channels):
+                    coefficients[row, column + c * repeat] = numbers[row, c]
+
+
+@jitted
+def merge_grads(task, partial, coefficients, first, last):
     """Writes the sums of the gradient of some channels, and the coefficients of their means."""
-    shape, number = (task.channels,), coefficients.dtype
-    sums = array_at(task.sum_grad, shape, np.float64)
-    sums_x_hat = array_at(task.sum_grad_x_hat, shape, np.float64)
-    narrow_sums = array_at(task.sum_grad, shape, number)
-    narrow_sums_x_hat = array_at(task.sum_grad_x_hat, shape, number)
-    for c in range(first, last):
-        sum_grad, sum_grad_x_hat = grad_sums_of_channel(partials, c, task.channels, task.repeat)
+    table = array_at(address_of(coefficients, first), coefficients.shape, coefficients.dtype)
+    sums = array_at(address_of(partial, first), partial.shape, np.float64)
+    means = array_at(task.mean + 8 * first, (last - first,), np.float64)
+    share = 1 / task.count
+    for c in range(last - first):
+        error = _center_error(table, means, c)
+        sum_grad = sums[SUM_GRAD, c]
         # The loops computed ``x_hat`` about ``center``.
-        error = _center_error(task, coefficients, c)
-        sum_grad_x_hat += error * sum_grad
+        sum_grad_x_hat = sums[SUM_GRAD_X_HAT, c] + error * sum_grad
+        sums[SUM_GRAD_X_HAT, c] = sum_grad_x_hat
+        _set_means(table, c, error, share * sum_grad, share * sum_grad_x_hat)
+    of_sum = coefficients.itemsize if task.sums_as_number else 8
+    for row in range(2):
+        address = (task.sum_grad, task.sum_grad_x_hat)[row] + of_sum * first
         if task.sums_as_number:
-            narrow_sums[c], narrow_sums_x_hat[c] = sum_grad, sum_grad_x_hat
+            narrow = array_at(address, (last - first,), coefficients.dtype)
+            for c in range(last - first):
+                narrow[c] = sums[row, c]
         else:
-            sums[c], sums_x_hat[c] = sum_grad, sum_grad_x_hat
-        means = sum_grad / task.count, sum_grad_x_hat / task.count
-        _set_means(task, coefficients, c, error, means)
+            wide = array_at(address, (last - first,), np.float64)
+            for c in range(last - first):
+                wide[c] = sums[row, c]
 
 
 @jitted
 def take_means(task, coefficients, first, last):
     """Writes the coefficients of some channels from means that the caller has merged."""
-    shape = (task.channels,)
-    mean_grad = array_at(task.mean_grad, shape, np.float64)
-    mean_grad_x_hat = array_at(task.mean_grad_x_hat, shape, np.float64)
-    for c in range(first, last):
-        error = _center_error(task, coefficients, c)
-        _set_means(task, coefficients, c, error, (mean_grad[c], mean_grad_x_hat[c]))
+    shape = (last - first,)
+    table = array_at(address_of(coefficients, first), coefficients.shape, coefficients.dtype)
+    means = array_at(task.mean + 8 * first, shape, np.float64)
+    mean_grad = array_at(task.mean_grad + 8 * first, shape, np.float64)
+    mean_grad_x_hat = array_at(task.mean_grad_x_hat + 8 * first, shape, np.float64)
+    for c in range(last - first):
+        _set_means(table, c, _center_error(table, means, c), mean_grad[c], mean_grad_x_hat[c])
 
 
 @jitted
-def _set_means(task, coefficients, c, error, means):
-    mean_grad, mean_grad_x_hat = means
-    for start in range(c * task.repeat, coefficients.shape[1], task.channels * task.repeat):
-        for k in range(start, start + task.repeat):
-            scale = float(coefficients[SCALE, k])
-            coefficients[X_HAT_FACTOR, k] = -scale * mean_grad_x_hat
-            coefficients[CONSTANT, k] = -scale * (mean_grad + error * mean_grad_x_hat)
-
-
-@jitted
-def _center_error(task, coefficients, c):
+def _center_error(table, means, c):
     """Returns the distance of ``center`` from the exact mean, in standard deviations."""
-    center = float(coefficients[CENTER, c * task.repeat])
-    return (center - _statistic(task, task.mean, c)) * _inv_std(task, c)
+    return (float(table[CENTER, c]) - means[c]) * float(table[INV_STD, c])
 
 
 @jitted
-def _inv_std(task, c):
-    return 1 / math.sqrt(_statistic(task, task.var, c) + task.eps)
-
-
-@jitted
-def _statistic(task, address, c):
-    """A channel's mean or variance, in float64."""
-    shape = (task.channels,)
-    if task.statistics_in_float32:
-        return float(array_at(address, shape, np.float32)[c])
-    return array_at(address, shape, np.float64)[c]
+def _set_means(table, c, error, mean_grad, mean_grad_x_hat):
+    minus = -float(table[SCALE, c])
+    table[X_HAT_FACTOR, c] = minus * mean_grad_x_hat
+    table[CONSTANT, c] = minus * (mean_grad + error * mean_grad_x_hat)

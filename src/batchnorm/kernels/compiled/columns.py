@@ -19,7 +19,6 @@ from batchnorm.kernels.compiled.channel_sums import (
     SUM_GRAD_X_HAT,
     ShiftedSums,
     add_moments,
-    sums_of_column,
 )
 from batchnorm.kernels.compiled.elements import number_like
 from batchnorm.kernels.compiled.maps import BackwardOptions, ForwardOptions, Tensors
@@ -66,10 +65,10 @@ def _collect(x, partials, work, slab, lanes, vectors):
             _move_centers(work, few - start)
         else:
             share = 1 / partial[COUNT, 0]
-            for k in range(x.shape[1]):
+            for k in range(work.shape[1]):
                 work[0, k] = partial[SHIFT, k] + partial[LINEAR, k] * share
         _deviate(x, start, stop, work, lanes, vectors)
-        if _is_far_off(x, work, stop - start):
+        if _is_far_off(work, stop - start):
             _move_centers(work, stop - start)
             _deviate(x, start, stop, work, lanes, vectors)
         _merge_rows(partial, work, stop - start)
@@ -78,7 +77,7 @@ def _collect(x, partials, work, slab, lanes, vectors):
 @jitted
 def _deviate(x, start, stop, work, lanes, vectors):
     """Sums ``x - work[0]`` and its square over some rows, in ``work[1]`` and ``work[2]``."""
-    width = x.shape[1]
+    width = work.shape[1]
     wide = _columns_of_wide(width, lanes)
     work[1:, :] = 0
     for row in range(start, stop, UNROLL):
@@ -98,13 +97,13 @@ def _move_centers(work, count):
 
 
 @jitted
-def _is_far_off(x, work, count):
+def _is_far_off(work, count):
     """Returns whether a mean is more than a standard deviation from its center.
 
     The squares would cancel.
     """
     is_far = False
-    for k in range(x.shape[1]):
+    for k in range(work.shape[1]):
         linear, squares = float(work[1, k]), float(work[2, k])
         is_far |= 2 * linear * linear > squares * count
     return is_far
@@ -130,14 +129,6 @@ def shares(task, width, thread, team):
     if thread == 0:
         return (0, task.channels), (0, width)
     return (0, 0), (0, 0)
-
-
-@jitted
-def gather_moments(partials, first, last):
-    """Merges the sums of all slabs into those of the first, for some columns."""
-    for slab in range(1, len(partials)):
-        for k in range(first, last):
-            add_moments(partials[0], k, sums_of_column(partials[slab], k))
 
 
 @jitted
@@ -178,7 +169,7 @@ def _with_grad(tensors, grad):
 
 @jitted
 def _normalize(task, tensors, coefficients, first, last, lanes, vectors):
-    width = tensors.x.shape[1]
+    width = coefficients.shape[1]
     wide = _columns_of_wide(width, lanes)
     streamed = is_streamed(tensors.x, tensors.y, task.collected)
     options = ForwardOptions(task.relu != 0, task.mask != 0, streamed)
@@ -221,7 +212,7 @@ def _where_passed(grad, mask, result, first, last):
 def _grad_sums(task, gated, tensors, partials, coefficients, work, slab, lanes, vectors):
     x, partial = tensors.x, partials[slab]
     first, last = _rows_of(slab, len(partials), x)
-    width = x.shape[1]
+    width = work.shape[1]
     wide = _columns_of_wide(width, lanes)
     streamed = tensors.mask is not None and is_streamed(x, tensors.grad_before_relu, task.collected)
     options = BackwardOptions(gated, task.fixed != 0, streamed)
@@ -246,15 +237,6 @@ def _grad_sums(task, gated, tensors, partials, coefficients, work, slab, lanes, 
 
 
 @jitted
-def gather_grads(partials, first, last):
-    """Adds the sums of all slabs to those of the first, for some columns."""
-    for slab in range(1, len(partials)):
-        for k in range(first, last):
-            partials[0, SUM_GRAD, k] += partials[slab, SUM_GRAD, k]
-            partials[0, SUM_GRAD_X_HAT, k] += partials[slab, SUM_GRAD_X_HAT, k]
-
-
-@jitted
 def grad_input(task, tensors, coefficients, slab):
     """Writes ``grad_x`` of one slab. With a mask, `grad_sums` has written the gradient to use."""
     x = tensors.x
@@ -270,7 +252,7 @@ def grad_input(task, tensors, coefficients, slab):
 @jitted
 def _grad_input(task, tensors, coefficients, slab, lanes, vectors):
     first, last = _rows_of(slab, task.slabs, tensors.x)
-    width = tensors.x.shape[1]
+    width = coefficients.shape[1]
     wide = _columns_of_wide(width, lanes)
     streamed = is_streamed(tensors.x, tensors.grad_x, task.collected)
     options = BackwardOptions(task.relu != 0 and task.mask == 0, task.fixed != 0, streamed)

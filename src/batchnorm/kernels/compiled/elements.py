@@ -86,6 +86,12 @@ def _make_array(context, builder, signature, args):
 
 
 @jitted
+def address_of(matrix, column):
+    """Returns the address of a column of a contiguous matrix."""
+    return matrix.ctypes.data + matrix.itemsize * column
+
+
+@jitted
 def no_array(address, shape, dtype):
     """Returns None. Takes the place of `array_at` in kernels that have no such array."""
     return None

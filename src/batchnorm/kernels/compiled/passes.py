@@ -9,9 +9,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.kernels.compiled import coefficients, columns, planes
-from batchnorm.kernels.compiled.channel_sums import SUMS, merge_moments
-from batchnorm.kernels.compiled.coefficients import merge_grads, prepare, take_means
+from batchnorm.kernels.compiled import columns, planes
+from batchnorm.kernels.compiled.channel_sums import (
+    SUMS,
+    gather_columns,
+    gather_grads,
+    gather_grads_of_columns,
+    gather_moments,
+    merge_moments,
+)
+from batchnorm.kernels.compiled.coefficients import (
+    CENTER,
+    OFFSET,
+    ROWS,
+    X_HAT_FACTOR,
+    merge_grads,
+    prepare,
+    spread,
+    take_means,
+)
 from batchnorm.kernels.compiled.elements import array_at
 from batchnorm.kernels.compiled.maps import Tensors
 from batchnorm.kernels.compiled.numba_internals import jitted
@@ -26,6 +42,7 @@ from batchnorm.kernels.compiled.task import (
     steps_of,
     task_at,
 )
+from batchnorm.kernels.compiled.tiles import by_tiles
 
 
 def _arrays_of(element, number, optional_at):
@@ -45,19 +62,17 @@ def _arrays_of(element, number, optional_at):
         )
 
     @jitted
-    def vectors_of(task):
-        """Weight and bias."""
-        shape = (task.channels,)
-        return array_at(task.weight, shape, number), array_at(task.bias, shape, number)
-
-    @jitted
     def scratch_of(task, width):
-        """Partial sums and coefficients, of as many columns."""
-        partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
-        at = task.scratch + task.coefficients
-        return partials, array_at(at, (coefficients.ROWS, width), number)
+        """Partial sums of as many columns, coefficients of the channels, and of the columns.
 
-    return tensors_of, vectors_of, scratch_of
+        The last two are the same if each channel has one column.
+        """
+        partials = array_at(task.scratch + task.partials, (task.slabs, SUMS, width), np.float64)
+        numbers = array_at(task.scratch + task.coefficients, (ROWS, task.channels), number)
+        at = task.coefficients if width == task.channels else task.spread
+        return partials, numbers, array_at(task.scratch + at, (ROWS, width), number)
+
+    return tensors_of, scratch_of
 
 
 def _sums_of(number):
@@ -72,14 +87,13 @@ def _sums_of(number):
 
 def forward_of_planes(element, number, optional_at):
     """Makes the forward kernel of planes."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
     sums_of = _sums_of(number)
 
     def forward(pointer, thread, team):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
-        weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, task.channels)
+        partials, numbers, _ = scratch_of(task, task.channels)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
         group = planes.channels_at_a_time(task, steps, tensors.x, 1)
@@ -89,9 +103,10 @@ def forward_of_planes(element, number, optional_at):
                 planes.collect(tensors.x, task.channels, partials, sums, first, last, of_slabs)
             if steps & MERGE:
                 samples = array_at(task.x, (task.rows, task.channels, task.length), element)
-                merge_moments(task, samples, partials, first, last)
+                gather_moments(partials, first, last)
+                merge_moments(task, samples, partials[0], first, last)
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last)
+                prepare(task, numbers, first, last)
             if steps & APPLY:
                 planes.normalize(task, tensors, numbers, first, last, of_pieces)
 
@@ -100,25 +115,25 @@ def forward_of_planes(element, number, optional_at):
 
 def backward_of_planes(element, number, optional_at):
     """Makes the backward kernel of planes."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
     sums_of = _sums_of(number)
 
     def backward(pointer, thread, team):
         task = task_at(pointer)
         tensors = tensors_of(task, task.rows * task.channels, task.length)
-        weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, task.channels)
+        partials, numbers, _ = scratch_of(task, task.channels)
         sums, steps = sums_of(task, thread, team), steps_of(task)
         channels, of_slabs, of_pieces = planes.shares(task, steps, tensors.x, thread, team)
         group = planes.channels_at_a_time(task, steps, tensors.x, 2)
         for first in range(channels[0], channels[1], group):
             last = min(first + group, channels[1])
             if steps & PREPARE:
-                prepare(task, numbers, weight, bias, first, last)
+                prepare(task, numbers, first, last)
             if steps & COLLECT:
                 planes.grad_sums(task, tensors, partials, numbers, sums, first, last, of_slabs)
             if steps & MERGE:
-                merge_grads(task, partials, numbers, first, last)
+                gather_grads(partials, first, last)
+                merge_grads(task, partials[0], numbers, first, last)
             if steps & TAKE_MEANS:
                 take_means(task, numbers, first, last)
             if steps & APPLY:
@@ -129,61 +144,73 @@ def backward_of_planes(element, number, optional_at):
 
 def forward_of_columns(element, number, optional_at):
     """Makes the forward kernel of columns."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
 
-    def forward(pointer, thread, team):
-        task = task_at(pointer)
+    @jitted
+    def forward(task, thread, team):
         width = task.fold * task.channels * task.repeat
-        tensors = tensors_of(task, task.rows, width)
-        weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, width)
+        of_row = task.fold * task.all_channels * task.repeat
+        tensors = tensors_of(task, task.rows, of_row)
+        partials, numbers, of_columns = scratch_of(task, width)
         work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
         steps = steps_of(task)
         channels, own = columns.shares(task, width, thread, team)
+        spreads = channels[1] > 0 and width > task.channels
         from_slab, to_slab = share(task.slabs, thread, team)
         if steps & COLLECT:
             for slab in range(from_slab, to_slab):
                 columns.collect(tensors.x, partials, work, slab)
         if steps & MERGE:
-            columns.gather_moments(partials, own[0], own[1])
-            shape = (task.rows * task.fold, task.channels, task.repeat)
+            gather_moments(partials, own[0], own[1])
+            if spreads:
+                gather_columns(partials[0], task.channels, task.repeat)
+            shape = (task.rows * task.fold, task.all_channels, task.repeat)
             samples = array_at(task.x, shape, element)
-            merge_moments(task, samples, partials[:1], channels[0], channels[1])
+            merge_moments(task, samples, partials[0], channels[0], channels[1])
         if steps & PREPARE:
-            prepare(task, numbers, weight, bias, channels[0], channels[1])
+            prepare(task, numbers, channels[0], channels[1])
+            if spreads:
+                spread(numbers, of_columns, CENTER, OFFSET + 1, task.repeat)
         if steps & APPLY:
             for slab in range(to_slab - 1, from_slab - 1, -1):
-                columns.normalize(task, tensors, numbers, slab)
+                columns.normalize(task, tensors, of_columns, slab)
 
-    return forward
+    return by_tiles(forward, element, number)
 
 
 def backward_of_columns(element, number, optional_at):
     """Makes the backward kernel of columns."""
-    tensors_of, vectors_of, scratch_of = _arrays_of(element, number, optional_at)
+    tensors_of, scratch_of = _arrays_of(element, number, optional_at)
 
-    def backward(pointer, thread, team):
-        task = task_at(pointer)
+    @jitted
+    def backward(task, thread, team):
         width = task.fold * task.channels * task.repeat
-        tensors = tensors_of(task, task.rows, width)
-        weight, bias = vectors_of(task)
-        partials, numbers = scratch_of(task, width)
+        of_row = task.fold * task.all_channels * task.repeat
+        tensors = tensors_of(task, task.rows, of_row)
+        partials, numbers, of_columns = scratch_of(task, width)
         work = array_at(task.scratch + task.work, (team, 3, width), number)[thread]
         steps = steps_of(task)
         channels, own = columns.shares(task, width, thread, team)
+        spreads = channels[1] > 0 and width > task.channels
         from_slab, to_slab = share(task.slabs, thread, team)
         if steps & PREPARE:
-            prepare(task, numbers, weight, bias, channels[0], channels[1])
+            prepare(task, numbers, channels[0], channels[1])
+            if spreads:
+                spread(numbers, of_columns, CENTER, OFFSET + 1, task.repeat)
         if steps & COLLECT:
             for slab in range(from_slab, to_slab):
-                columns.grad_sums(task, tensors, partials, numbers, work, slab)
+                columns.grad_sums(task, tensors, partials, of_columns, work, slab)
         if steps & MERGE:
-            columns.gather_grads(partials, own[0], own[1])
-            merge_grads(task, partials[:1], numbers, channels[0], channels[1])
+            gather_grads(partials, own[0], own[1])
+            if spreads:
+                gather_grads_of_columns(partials[0], task.channels, task.repeat)
+            merge_grads(task, partials[0], numbers, channels[0], channels[1])
         if steps & TAKE_MEANS:
             take_means(task, numbers, channels[0], channels[1])
+        if spreads and steps & (MERGE | TAKE_MEANS):
+            spread(numbers, of_columns, X_HAT_FACTOR, ROWS, task.repeat)
         if steps & APPLY:
             for slab in range(to_slab - 1, from_slab - 1, -1):
-                columns.grad_input(task, tensors, numbers, slab)
+                columns.grad_input(task, tensors, of_columns, slab)
 
-    return backward
+    return by_tiles(backward, element, number)

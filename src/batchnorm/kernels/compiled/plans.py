@@ -40,7 +40,7 @@ MIN_CHANNELS = 4
 READ_TWICE: dict[Pass, int] = {"forward": 1, "backward": 2}
 MAX_CACHED = 1 << 25
 # Parts of the scratch memory, fields of `task.Constants`.
-SCRATCH = ("partials", "coefficients", "work", "recent")
+SCRATCH = ("partials", "coefficients", "spread", "work", "recent", "tile")
 # Steps that read or write whole tensors.
 SHARED = ("collect", "apply")
 
@@ -158,17 +158,21 @@ def plan(
     geometry = geometry_of_shape(shape, channels_last=channels_last)
     collected = "collect" in steps
     size = shape.numel() * dtype.itemsize
-    by_cell = not (collected and shares_channels(geometry, which, size, team))
+    tiled = geometry.tiles > 1
+    by_cell = not (tiled or (collected and shares_channels(geometry, which, size, team)))
     stages = _stages(steps) if by_cell and team > 1 else [steps]
-    *parts, scratch = _offsets_in_scratch(geometry, team)
+    *parts, scratch = _offsets_in_scratch(geometry, 1 if tiled else team)
     constants = Constants(
         **dict(zip(SCRATCH, parts, strict=True)),
+        scratch_of_tile=scratch,
         rows=geometry.rows,
         channels=geometry.channels,
         length=geometry.length,
         fold=geometry.fold,
         repeat=geometry.repeat,
         slabs=geometry.slabs,
+        tiles=geometry.tiles,
+        all_channels=geometry.channels,
         count=shape.numel() // shape[1],
         stages=_bits(stages),
         by_cell=by_cell,
@@ -178,7 +182,7 @@ def plan(
     return Plan(
         kernel=kernel(which, dtype, columns=geometry.columns, optional=optional),
         constants=CONSTANTS.pack(*constants),
-        scratch=scratch,
+        scratch=scratch * team if tiled else scratch,
         team=team,
         stages=len(stages),
     )
@@ -189,6 +193,8 @@ def shares_channels(geometry: Geometry, which: Pass, size: int, team: int) -> bo
 
     The pass makes a difference: the backward one reads two tensors twice.
     """
+    if geometry.tiles > 1:
+        return True
     channels = geometry.channels
     even = channels >= MIN_CHANNELS * team or channels % team == 0
     return even and not geometry.columns and READ_TWICE[which] * size > MAX_CACHED
@@ -217,10 +223,11 @@ def _offsets_in_scratch(geometry: Geometry, team: int) -> accumulate[int]:
 
     Each part begins at a cache line.
     """
-    width = geometry.fold * geometry.channels * geometry.repeat
+    width = geometry.fold * geometry.widest * geometry.repeat
     sums, recent = SUMS * geometry.slabs * width, math.prod(planes.RECENT) * team
     work = max(3 * width, math.prod(planes.WORK)) * team
-    sizes = sums, coefficients.ROWS * width, work, recent
+    numbers = coefficients.ROWS * geometry.widest, coefficients.ROWS * width
+    sizes = sums, *numbers, work, recent, SIZE // 8
     return accumulate((-(-8 * size // CACHE_LINE) * CACHE_LINE for size in sizes), initial=0)
 
 

@@ -58,8 +58,12 @@ class Constants(NamedTuple):
     # Where the parts of the scratch memory begin, in bytes.
     partials: int
     coefficients: int
+    spread: int
     work: int
     recent: int
+    tile: int
+    # Bytes of the scratch memory of a thread's tile.
+    scratch_of_tile: int
     # Shape: planes are (rows, channels, length), with one column a channel; columns are
     # (rows, fold * channels * repeat).
     rows: int
@@ -68,6 +72,10 @@ class Constants(NamedTuple):
     fold: int
     repeat: int
     slabs: int
+    # Parts of the columns, see `batchnorm.kernels.compiled.tiles`; 1 if they are not cut.
+    tiles: int
+    # Channels of a row in memory; a tile has some of them.
+    all_channels: int
     # Elements of a channel.
     count: int
     # The steps of each stage, eight bits a stage.
