@@ -99,8 +99,8 @@ class LayerForward(AcceleratedForward):
         """Tells if our kernels compute an input.
 
         Compiled code does not ask for the size: it has no Python between the kernels, and would be
-        compiled anew for each bound. In evaluation torch also computes transforms of ``torch.func``,
-        for which ours need the formula; in training torch's layer refuses most of them.
+        compiled anew for each bound. In evaluation torch computes the transforms of ``torch.func``
+        too, for which ours need the formula; in training its layer refuses most of them.
 
         Args:
             input: The layer's input.
