@@ -180,6 +180,7 @@ class ComputesEps(batchnorm.BatchNorm2d):
         self._eps = value
 
 
+@pytest.mark.untyped  # eps is a tensor there
 def test_eps_may_be_computed_by_a_subclass_or_be_a_buffer():
     x = torch.randn(2, 3, 4, 4)
     plain, computed, buffer = (
