@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -44,6 +45,14 @@ class Net(nn.Module):
         if labels is None:
             return {"logits": logits}
         return {"loss": (logits.sum(1) - labels).square().mean(), "logits": logits}
+
+
+@pytest.fixture(autouse=True)
+def accelerator_of_its_own(monkeypatch):
+    """Takes back what a Trainer leaves in the environment and in the library below it."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    importlib.import_module("accelerate.state").AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
