@@ -110,7 +110,10 @@ def choose(
                 continue
             if race not in times:
                 times[race] = race.run()
-            by_bound.setdefault(race.bound, []).append(Raced(race, count, *times[race]))
+            torchs, ours = times[race]
+            if race.bound == "alone":  # A win would be one of the clock.
+                ours = math.inf
+            by_bound.setdefault(race.bound, []).append(Raced(race, count, torchs, ours))
         wins = False
         for bound, raced in by_bound.items():
             least = _best(getattr(forward.smallest, bound), raced)
