@@ -31,7 +31,7 @@ There ``torch.fx`` looks for the modules of ``torch.nn``, which it records as on
 """
 
 
-_TENSORS = {"weight", "bias", "running_mean", "running_var"}
+_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _BATCH_NORM = F.batch_norm
 
 
@@ -82,27 +82,35 @@ def forward_of(
     )
 
 
-def evaluated_by_torch(layer: nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor | None:
-    """Computes what one of torch's layers does in evaluation, in half of torch's time in Python.
+def computed_by_torch(layer: nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor | None:
+    """Computes what one of torch's layers does, in half of torch's time in Python.
 
     Returns:
         The output of torch's kernel, to the bit; None where the layer's forward must run, because
-        somebody computes an attribute, or listens to ``F.batch_norm``.
+        somebody computes an attribute or listens to ``F.batch_norm``, or in unusual cases.
     """
-    parameters, buffers = layer._parameters, layer._buffers
+    parameters, buffers, training = layer._parameters, layer._buffers, layer.training
     if not (_has_plain_tensors(type(layer)) and _TENSORS.isdisjoint(layer.__dict__)):
         return None
     try:
         weight, bias = parameters["weight"], parameters["bias"]
         mean, var = buffers["running_mean"], buffers["running_var"]
+        counter = buffers["num_batches_tracked"]
     except KeyError:
         return None
     plain = not has_torch_function((input, weight, bias, mean, var))
     if mean is None or var is None or layer.eps < 0 or not plain or F.batch_norm is not _BATCH_NORM:
         return None
     layer._check_input_dim(input)
-    cudnn = torch.backends.cudnn.enabled
-    return torch.batch_norm(input, weight, bias, mean, var, False, 0.0, layer.eps, cudnn)
+    momentum = layer.momentum if training else 0.0
+    if training:
+        if counter is None or momentum is None or not layer.track_running_stats:
+            return None
+        if input.numel() <= len(mean):  # One value a channel, which is refused.
+            return None
+        counter.add_(1)
+    options = (training, cast("float", momentum), layer.eps, torch.backends.cudnn.enabled)
+    return torch.batch_norm(input, weight, bias, mean, var, *options)
 
 
 @lru_cache(maxsize=256)

@@ -35,7 +35,7 @@ from batchnorm.tools.acceleration.replacement import (
 from batchnorm.tools.flow.assumptions import Unproven
 from batchnorm.tools.flow.tracing import Conditions, module_at, trace
 from batchnorm.tools.patching import RecomputationHook, is_replaced_by_others
-from batchnorm.torch_internals import global_hooks
+from batchnorm.torch_internals import global_hooks, is_traced
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -142,19 +142,17 @@ class BlockForward(AcceleratedForward):
 
         Programs that others will run hold the original, with one entry for each module.
         """
-        if any(map(is_written_down, (*args, *kwargs.values()))):
+        if self._is_small(args) or any(map(is_written_down, (*args, *kwargs.values()))):
             return self.original(*args, **kwargs)
         if self._rewritten is None and _may_trace():
             self.rewrite()
-        if self._is_small(args):
-            return self.original(*args, **kwargs)
         rewritten = self._rewritten
         if rewritten is not None and rewritten.fits(self.module, args, kwargs):
             return rewritten.run(self.module, *args)
         return self.original(*args, **kwargs)
 
     def _is_small(self, args: tuple[Any, ...]) -> bool:
-        if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
+        if torch.compiler.is_compiling() or is_traced() or not args or type(args[0]) is not Tensor:
             return False
         return args[0].numel() < self._least[self.module.training]
 

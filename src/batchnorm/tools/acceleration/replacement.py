@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.nn.functional import Activation
-from batchnorm.nn.layers import LAYERS, evaluated_by_torch, forward_of
+from batchnorm.nn.layers import LAYERS, computed_by_torch, forward_of
 from batchnorm.nn.route import obstacle_to_speed
 from batchnorm.tools.patching import ACCELERATED_MARK, ReplacedMethod, is_replaced_by_others
 from batchnorm.torch_internals import has_hooks, is_traced, is_transformed
@@ -43,8 +43,8 @@ class Smallest(NamedTuple):
     alone: float
 
 
-USUAL = Smallest(training=2.0**18, fused=2.0**19, alone=math.inf)
-"""A call through Python takes about 50 us more than torch's, and one pass takes as long as torch's.
+USUAL = Smallest(training=2.0**19, fused=2.0**20, alone=math.inf)
+"""A call through Python takes 50 to 200 us more than torch's, and one pass as long as torch's.
 
 Our kernels win by taking fewer passes: in training, and where something is fused. These are the
 sizes from which on they won for each layout and dtype, with one thread and with two.
@@ -90,9 +90,7 @@ class LayerForward(AcceleratedForward):
 
     def by_torch(self, input: Tensor) -> Tensor:
         """Computes the layer's output by torch's kernels."""
-        y = None
-        if not self.module.training and not torch.compiler.is_compiling():
-            y = evaluated_by_torch(self.module, input)
+        y = None if torch.compiler.is_compiling() else computed_by_torch(self.module, input)
         return self.original(input) if y is None else y
 
     def takes(self, input: Tensor, in_evaluation: float) -> bool:
@@ -106,12 +104,13 @@ class LayerForward(AcceleratedForward):
             input: The layer's input.
             in_evaluation: Number of values from which on they do in evaluation.
         """
-        least = self.smallest.training if self.module.training else in_evaluation
+        training = self.module.training
+        least = self.smallest.training if training else in_evaluation
         if torch.compiler.is_compiling():
             return least < math.inf and obstacle_to_speed(input) is None
         if input.numel() < least or obstacle_to_speed(input) is not None:
             return False
-        return self.module.training or least == 0 or not is_transformed()
+        return training or least == 0 or not is_transformed()
 
     @classmethod
     def smallest_of(cls, layer: nn.Module) -> Smallest:
@@ -136,8 +135,8 @@ class LayerWithActivationForward(LayerForward):
             return forward_of(self.module, input, None, "relu")
         if self.takes(input, self.smallest.alone):
             return self._acted(forward_of(self.module, input))
-        if not (input.dim() != 4 or self.module.training or torch.compiler.is_compiling()):
-            y = evaluated_by_torch(self.module, input)
+        if input.dim() == 4 and not torch.compiler.is_compiling():
+            y = computed_by_torch(self.module, input)
             if y is not None:
                 return self._acted(y)
         return self.original(input)
